@@ -1,0 +1,203 @@
+"""The canonical form of an adapter, and the ways an adapter can be wrong.
+
+This is the only form that the engine and the kernels ever see. It knows nothing of PEFT's file format
+(`peft_format`), of disks (`blobs`) or of names and versions (`catalogue`), and it needs no torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.generic]
+
+
+class ModuleKey(NamedTuple):
+    """One linear of the base: a decoder layer and a projection in it, e.g. `(3, "q_proj")`."""
+
+    layer: int
+    projection: str
+
+    def __str__(self) -> str:
+        return f"layers.{self.layer}.{self.projection}"
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankPair:
+    """One linear's update, `y += scale · lora_b @ (lora_a @ x)` (LoRA, arXiv 2106.09685, section 4.1).
+
+    The scale stays beside the matrices, unfolded, so that storing an adapter loses no bits whatever its dtype.
+    """
+
+    lora_a: Array
+    """Shape [rank, in_features]; float32, float16 or bfloat16 (ml_dtypes)."""
+    lora_b: Array
+    """Shape [out_features, rank], of the same dtype."""
+    scale: float
+    """alpha / rank, or alpha / √rank for rsLoRA."""
+
+    @property
+    def rank(self) -> int:
+        """The number of rows of `lora_a`."""
+        return int(self.lora_a.shape[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both matrices as stored."""
+        return int(self.lora_a.nbytes + self.lora_b.nbytes)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A customer's difference from the base: a low-rank pair for each linear that it touches."""
+
+    pairs: Mapping[ModuleKey, LowRankPair] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pairs", MappingProxyType(dict(sorted(self.pairs.items()))))
+
+    @cached_property
+    def rank(self) -> int:
+        """The largest rank of any pair."""
+        return max(pair.rank for pair in self.pairs.values())
+
+    @cached_property
+    def targets(self) -> tuple[str, ...]:
+        """The projections touched in at least one layer, sorted."""
+        return tuple(sorted({key.projection for key in self.pairs}))
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all matrices as stored."""
+        return sum(pair.nbytes for pair in self.pairs.values())
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """How many numbers the matrices hold; times the compute dtype's size, this is their cost on the device."""
+        return sum(pair.lora_a.size + pair.lora_b.size for pair in self.pairs.values())
+
+
+@dataclass(frozen=True)
+class BaseLayout:
+    """What an adapter has to fit: the linears of the base that adapters may touch."""
+
+    num_layers: int
+    shapes: Mapping[str, tuple[int, int]]
+    """(out_features, in_features) of each projection, alike in every layer: `{"q_proj": (576, 576), …}`."""
+    fused: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: MappingProxyType(
+            {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+        )
+    )
+    """Fused checkpoint names and the projections they hold, in the order of their output rows."""
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Names of all projections, in the base's order."""
+        return tuple(self.shapes)
+
+
+# The tree of errors; `status` is the HTTP status that suits each, `code` its word in the API's error envelope.
+#
+#   AdapterError 400
+#   ├── InvalidUpload 422          what was sent cannot become an adapter
+#   │   ├── InvalidArchive 400     not an archive, a path that leaves it, a link, a bomb
+#   │   ├── UploadTooLarge 413     more bytes or files than allowed
+#   │   ├── InvalidConfig 422      adapter_config.json is not what PEFT writes
+#   │   ├── UnsupportedAdapter 422 a PEFT type or option that this server does not carry
+#   │   ├── InvalidTensors 422     not safetensors, truncated, NaN, wrong shapes or dtypes, nothing matched
+#   │   ├── RankTooLarge 422
+#   │   ├── InvalidName 422
+#   │   └── DigestMismatch 422
+#   ├── AdapterNotFound 404        no such name
+#   ├── VersionNotFound 404        the name exists, that version does not
+#   └── StoreError 500             the store itself is damaged or belongs to another base
+
+
+class AdapterError(Exception):
+    """Root of everything that can be wrong with an adapter; its text is a sentence for the person who reads it."""
+
+    status: ClassVar[int] = 400
+    code: ClassVar[str] = "adapter_error"
+
+
+class InvalidUpload(AdapterError):
+    """What was sent cannot become an adapter of this base."""
+
+    status = 422
+    code = "invalid_adapter"
+
+
+class InvalidArchive(InvalidUpload):
+    """The archive cannot be read, or holds a path that leaves it, a link or a bomb."""
+
+    status = 400
+    code = "invalid_archive"
+
+
+class UploadTooLarge(InvalidUpload):
+    """The upload has more bytes or more files than the limits allow."""
+
+    status = 413
+    code = "upload_too_large"
+
+
+class InvalidConfig(InvalidUpload):
+    """`adapter_config.json` is missing, is not JSON, or a field of it makes no sense."""
+
+    code = "invalid_adapter_config"
+
+
+class UnsupportedAdapter(InvalidUpload):
+    """A PEFT type or option that this server does not carry; the text names it."""
+
+    code = "unsupported_adapter"
+
+
+class InvalidTensors(InvalidUpload):
+    """The tensors are not safetensors, truncated, not finite, of a wrong shape or dtype, or match no linear."""
+
+    code = "invalid_adapter_tensors"
+
+
+class RankTooLarge(InvalidUpload):
+    """A pair's rank is over the server's limit."""
+
+    code = "rank_too_large"
+
+
+class InvalidName(InvalidUpload):
+    """The adapter's name is not `[A-Za-z0-9][A-Za-z0-9._-]{0,127}`."""
+
+    code = "invalid_adapter_name"
+
+
+class DigestMismatch(InvalidUpload):
+    """The bytes that arrived are not those whose sha256 the sender announced."""
+
+    code = "digest_mismatch"
+
+
+class AdapterNotFound(AdapterError):
+    """No adapter of that name is published."""
+
+    status = 404
+    code = "adapter_not_found"
+
+
+class VersionNotFound(AdapterError):
+    """The adapter exists, but has no such version."""
+
+    status = 404
+    code = "adapter_version_not_found"
+
+
+class StoreError(AdapterError):
+    """The store on disk is damaged, or belongs to another base."""
+
+    status = 500
+    code = "store_error"

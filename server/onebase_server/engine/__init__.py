@@ -1,0 +1,1 @@
+"""The engine: scheduling, paged KV memory, resident adapters, sampling, and the process that runs them."""

@@ -1,0 +1,103 @@
+"""One frozen, validated `Settings`: flags > environment (`ONEBASE_*`) > `onebase.toml` > the defaults below.
+
+A leaf: it imports nothing of the project but its errors.
+"""
+
+import ipaddress
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+
+class Settings(BaseSettings):
+    """Everything that `onebase serve` can be told."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="ONEBASE_", toml_file="onebase.toml", frozen=True, extra="forbid"
+    )
+
+    # what to serve
+    base: str = Field(description="Base model: a local Hugging Face directory, or a hub id.")
+    revision: str | None = Field(None, description="Hub revision (a commit hash pins it) when `base` is a hub id.")
+    base_name: str | None = Field(None, description="The base's name in the API; by default its directory's.")
+    store: Path = Field(Path("adapters"), description="Directory of the adapter store.")
+    cache_dir: Path = Field(
+        Path.home() / ".cache" / "onebase", description="Where quantised weights and downloads are kept."
+    )
+
+    # where to serve
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on.")
+    insecure: bool = Field(False, description="Allow other hosts in although a key is missing.")
+    api_key: SecretStr | None = Field(None, description="Key for generation; set it as ONEBASE_API_KEY.")
+    admin_key: SecretStr | None = Field(None, description="Key for adapters; set it as ONEBASE_ADMIN_KEY.")
+    allow_local_paths: Path | None = Field(
+        None, description="The one folder that /v1/load_lora_adapter may read; off by default."
+    )
+
+    # how to compute
+    quantization: Literal["nf4", "none"] = Field("nf4", description="How the base's linears are kept.")
+    double_quant: bool = Field(True, description="Quantise the NF4 block scales too (4.127 bits a parameter).")
+    dtype: Literal["bfloat16", "float32", "float16"] = Field("bfloat16", description="Compute and KV dtype.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute.")
+    kernels: Literal["auto", "bitsandbytes", "reference"] = Field("auto", description="Which kernels compute.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of the engine; by default all cores.")
+
+    # how much to hold
+    max_model_len: int | None = Field(None, ge=1, description="Longest prompt and answer together, in tokens.")
+    max_num_seqs: int = Field(64, ge=1, description="Most requests in one step.")
+    max_num_batched_tokens: int = Field(512, ge=1, description="Most tokens in one step (prefill is chunked).")
+    max_waiting: int = Field(1024, ge=1, description="Most requests waiting; more are answered 503.")
+    block_size: int = Field(16, ge=1, description="Tokens in a block of the KV cache.")
+    kv_cache_memory: int = Field(512 << 20, ge=1, description="Bytes of the KV cache.")
+    prefix_cache: bool = Field(True, description="Reuse the KV blocks of prompts that start alike.")
+    adapter_memory: int = Field(256 << 20, ge=1, description="Bytes of adapters on the device.")
+    max_lora_rank: int = Field(256, ge=1, description="Largest rank that an upload may have.")
+    max_upload_bytes: int = Field(1 << 30, ge=1, description="Largest upload, and largest unpacked archive.")
+    adapter_metric_labels: int = Field(
+        50, ge=0, description="How many adapters have metrics of their own; the rest count as `other`."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What to log.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags first, then the environment, then onebase.toml in the working directory."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    @model_validator(mode="after")
+    def _refuse_open_doors(self) -> "Settings":
+        if not self.insecure and not self.is_loopback and not (self.api_key and self.admin_key):
+            missing = " and ".join(
+                name
+                for name, key in (("ONEBASE_API_KEY", self.api_key), ("ONEBASE_ADMIN_KEY", self.admin_key))
+                if not key
+            )
+            raise ValueError(
+                f"refusing to listen on {self.host} without {missing}: anyone who reaches the port could use it. "
+                "Set the key, listen on 127.0.0.1, or pass --insecure."
+            )
+        return self
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
