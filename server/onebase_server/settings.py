@@ -19,15 +19,11 @@ from pydantic_settings import (
 class Settings(BaseSettings):
     """Everything that `onebase serve` can be told."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="ONEBASE_", toml_file="onebase.toml", frozen=True, extra="forbid"
-    )
+    model_config = SettingsConfigDict(env_prefix="ONEBASE_", toml_file="onebase.toml", frozen=True, extra="forbid")
 
     # what to serve
     base: str = Field(description="Base model: a local Hugging Face directory, or a hub id.")
-    revision: str | None = Field(
-        None, description="Hub revision (a commit hash pins it) when `base` is a hub id."
-    )
+    revision: str | None = Field(None, description="Hub revision (a commit hash pins it) when `base` is a hub id.")
     base_name: str | None = Field(None, description="The base's name in the API; by default its directory's.")
     store: Path = Field(Path("adapters"), description="Directory of the adapter store.")
     cache_dir: Path = Field(
@@ -46,24 +42,16 @@ class Settings(BaseSettings):
 
     # how to compute
     quantization: Literal["nf4", "none"] = Field("nf4", description="How the base's linears are kept.")
-    double_quant: bool = Field(
-        True, description="Quantise the NF4 block scales too (4.127 bits a parameter)."
-    )
+    double_quant: bool = Field(True, description="Quantise the NF4 block scales too (4.127 bits a parameter).")
     dtype: Literal["bfloat16", "float32", "float16"] = Field("bfloat16", description="Compute and KV dtype.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute.")
-    kernels: Literal["auto", "bitsandbytes", "reference"] = Field(
-        "auto", description="Which kernels compute."
-    )
+    kernels: Literal["auto", "bitsandbytes", "reference"] = Field("auto", description="Which kernels compute.")
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine; by default all cores.")
 
     # how much to hold
-    max_model_len: int | None = Field(
-        None, ge=1, description="Longest prompt and answer together, in tokens."
-    )
+    max_model_len: int | None = Field(None, ge=1, description="Longest prompt and answer together, in tokens.")
     max_num_seqs: int = Field(64, ge=1, description="Most requests in one step.")
-    max_num_batched_tokens: int = Field(
-        512, ge=1, description="Most tokens in one step (prefill is chunked)."
-    )
+    max_num_batched_tokens: int = Field(512, ge=1, description="Most tokens in one step (prefill is chunked).")
     max_waiting: int = Field(1024, ge=1, description="Most requests waiting; more are answered 503.")
     block_size: int = Field(16, ge=1, description="Tokens in a block of the KV cache.")
     kv_cache_memory: int = Field(512 << 20, ge=1, description="Bytes of the KV cache.")
