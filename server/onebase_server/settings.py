@@ -7,7 +7,7 @@ import ipaddress
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import ByteSize, Field, SecretStr, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -54,11 +54,13 @@ class Settings(BaseSettings):
     max_num_batched_tokens: int = Field(512, ge=1, description="Most tokens in one step (prefill is chunked).")
     max_waiting: int = Field(1024, ge=1, description="Most requests waiting; more are answered 503.")
     block_size: int = Field(16, ge=1, description="Tokens in a block of the KV cache.")
-    kv_cache_memory: int = Field(512 << 20, ge=1, description="Bytes of the KV cache.")
+    kv_cache_memory: ByteSize = Field(ByteSize(512 << 20), ge=1, description="Bytes of the KV cache.")
     prefix_cache: bool = Field(True, description="Reuse the KV blocks of prompts that start alike.")
-    adapter_memory: int = Field(256 << 20, ge=1, description="Bytes of adapters on the device.")
+    adapter_memory: ByteSize = Field(ByteSize(256 << 20), ge=1, description="Bytes of adapters on the device.")
     max_lora_rank: int = Field(256, ge=1, description="Largest rank that an upload may have.")
-    max_upload_bytes: int = Field(1 << 30, ge=1, description="Largest upload, and largest unpacked archive.")
+    max_upload_bytes: ByteSize = Field(
+        ByteSize(1 << 30), ge=1, description="Largest upload, and largest unpacked archive."
+    )
     adapter_metric_labels: int = Field(
         50, ge=0, description="How many adapters have metrics of their own; the rest count as `other`."
     )
@@ -89,6 +91,11 @@ class Settings(BaseSettings):
                 "Set the key, listen on 127.0.0.1, or pass --insecure."
             )
         return self
+
+    @property
+    def served_name(self) -> str:
+        """The base's name in the API: `base_name`, or the last part of where it lies."""
+        return self.base_name or Path(self.base).absolute().name
 
     @property
     def is_loopback(self) -> bool:
