@@ -1,0 +1,81 @@
+"""The ops that the decoder is made of, behind one seam: which back end computes them is chosen once, at start-up.
+
+An op's signature, formula and shapes are its definition in `reference.py`. A back end is a module that has functions of
+the same names and signatures; what it lacks, the next one in its chain computes.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any, Literal, ParamSpec, TypeVar
+
+from onebase_kernels import reference
+from onebase_kernels.batch import AttentionBatch, Segment
+from onebase_kernels.nf4 import NestedScales, Nf4Weight, dequantize_nf4, quantize_nf4
+
+__all__ = [
+    "AttentionBatch",
+    "BackendName",
+    "NestedScales",
+    "Nf4Weight",
+    "Segment",
+    "add_lora_",
+    "apply_rope_",
+    "dequantize_nf4",
+    "nf4_linear",
+    "paged_attention",
+    "quantize_nf4",
+    "rms_norm",
+    "silu_mul",
+    "use_backend",
+    "write_kv_",
+]
+
+BackendName = Literal["reference", "bitsandbytes"]
+
+# The modules that are asked for each op, fastest first.
+_CHAINS: dict[BackendName, tuple[str, ...]] = {
+    "reference": ("reference",),
+    "bitsandbytes": ("bitsandbytes_backend", "reference"),
+}
+_AUTO: BackendName = "bitsandbytes"
+
+_active: dict[str, Callable[..., Any]] = {}
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _dispatched(definition: Callable[P, R]) -> Callable[P, R]:
+    """The op of that name and signature in the back end chosen."""
+    name = definition.__name__
+
+    @functools.wraps(definition)
+    def op(*args: P.args, **kwargs: P.kwargs) -> R:
+        result: R = _active[name](*args, **kwargs)
+        return result
+
+    return op
+
+
+nf4_linear = _dispatched(reference.nf4_linear)
+add_lora_ = _dispatched(reference.add_lora_)
+write_kv_ = _dispatched(reference.write_kv_)
+paged_attention = _dispatched(reference.paged_attention)
+rms_norm = _dispatched(reference.rms_norm)
+apply_rope_ = _dispatched(reference.apply_rope_)
+silu_mul = _dispatched(reference.silu_mul)
+
+_OPS = (nf4_linear, add_lora_, write_kv_, paged_attention, rms_norm, apply_rope_, silu_mul)
+
+
+def use_backend(name: BackendName | Literal["auto"]) -> BackendName:
+    """Let that back end compute from now on, in the whole process; returns the name that `auto` stands for."""
+    chosen = _AUTO if name == "auto" else name
+    modules = [importlib.import_module(f"{__name__}.{module}") for module in _CHAINS[chosen]]
+    for op in _OPS:
+        _active[op.__name__] = next(getattr(module, op.__name__) for module in modules if hasattr(module, op.__name__))
+    return chosen
+
+
+use_backend("reference")

@@ -1,0 +1,37 @@
+"""What a step's requests look like to the ops: plain descriptions of who owns which tokens. It computes nothing.
+
+The tokens of all requests of a step lie one after another without padding; T is their number, S the requests'.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Segment(NamedTuple):
+    """Consecutive tokens of a step, `start:stop`, that use the adapter in one slot."""
+
+    slot: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """Where each request's tokens stand in the step and in the paged KV cache."""
+
+    query_starts: tuple[int, ...]
+    """S + 1 offsets: the tokens of request s are `query_starts[s]:query_starts[s + 1]`, at least one each."""
+    context_lens: tuple[int, ...]
+    """S lengths: tokens of request s in the cache once this step's are written; its queries are the last of them."""
+    block_tables: Tensor
+    """int32 [S, max_blocks]: the cache blocks of each request in order; entries past its last block are not read."""
+    slot_mapping: Tensor
+    """int64 [T]: where each token of the step is written, `block * block_size + offset`."""
+
+    @cached_property
+    def query_lens(self) -> tuple[int, ...]:
+        """S counts: how many tokens of the step each request has."""
+        return tuple(stop - start for start, stop in zip(self.query_starts, self.query_starts[1:], strict=False))

@@ -1,0 +1,331 @@
+"""A base model's configuration: `config.json` of a carried family as typed fields. It needs no torch.
+
+The families differ only in the fields below; nothing after this module asks for a family's name.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from onebase_adapters.adapter import BaseLayout
+
+from onebase_server.errors import ConfigurationError
+
+RopeType = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"]
+ROPE_TYPES: tuple[RopeType, ...] = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+HfConfig = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding (arXiv 2104.09864) and how it is stretched; `rope.py` gives each field's formula."""
+
+    rope_type: RopeType = "default"
+    theta: float = 10_000.0
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    """The context the model was pretrained with (yarn, longrope, llama3)."""
+    attention_factor: float | None = None
+    """What cos and sin are multiplied with (yarn, longrope); None takes the paper's."""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+
+@dataclass(frozen=True)
+class ProjectionGroup:
+    """Linears computed from the same input: one call of the base, one of the side path."""
+
+    name: str
+    projections: tuple[str, ...]
+    in_features: int
+    widths: tuple[int, ...]
+    """Output features of each projection."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything the decoder needs to know of a base model, whatever its family."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    """As `config.json` says it; `max_context` counts rope scaling in."""
+    rope: RopeConfig
+    tie_word_embeddings: bool
+    biases: frozenset[str]
+    """The projections that add a bias."""
+    qk_norm: bool
+    """Whether each head of q and k is normalised before rope."""
+    windows: tuple[int | None, ...]
+    """Per layer: how many tokens back (itself included) a token sees; None sees all."""
+    dtype: str | None = None
+    """The checkpoint's dtype, `bfloat16` and the like."""
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    quantization_config: Mapping[str, Any] | None = field(default=None, hash=False)
+    """How the checkpoint was quantised, as `config.json` says it."""
+
+    @classmethod
+    def from_hf(cls, hf: HfConfig) -> "ModelConfig":
+        """Read `config.json` as Transformers 4 and 5 write it.
+
+        Raises:
+            ConfigurationError: the family, or an option of it, is not carried; or a field is missing or senseless.
+        """
+        family = _family_of(hf)
+        reader = _Reader(hf)
+        reader.refuse_unless("hidden_act", "silu")
+        heads = reader.integer("num_attention_heads")
+        hidden = reader.integer("hidden_size")
+        layers = reader.integer("num_hidden_layers")
+        max_positions = reader.integer("max_position_embeddings")
+        config = cls(
+            family=hf["model_type"],
+            vocab_size=reader.integer("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=reader.integer("intermediate_size"),
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=reader.integer("num_key_value_heads", default=family.num_kv_heads or heads),
+            head_dim=reader.integer("head_dim", default=family.head_dim or hidden // heads),
+            rms_norm_eps=reader.number("rms_norm_eps", default=1e-6),
+            max_position_embeddings=max_positions,
+            rope=_rope(reader, max_positions),
+            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            biases=family.biases(hf),
+            qk_norm=family.qk_norm,
+            windows=family.windows(reader, layers),
+            dtype=hf.get("dtype") or hf.get("torch_dtype"),
+            bos_token_id=hf.get("bos_token_id"),
+            eos_token_ids=_token_ids(hf.get("eos_token_id")),
+            quantization_config=hf.get("quantization_config"),
+        )
+        config._refuse_odd_shapes()
+        return config
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> "ModelConfig":
+        """Read `directory/config.json`; raises ConfigurationError as `from_hf` does, and if there is no such file."""
+        path = directory / "config.json"
+        try:
+            hf = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigurationError(
+                f"{directory} holds no config.json, so it is not a Hugging Face model directory."
+            ) from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ConfigurationError(f"{path} is not valid JSON: {error}.") from error
+        if not isinstance(hf, dict):
+            raise ConfigurationError(f"{path} should hold a JSON object, not a {type(hf).__name__}.")
+        return cls.from_hf(hf)
+
+    @cached_property
+    def projection_groups(self) -> tuple[ProjectionGroup, ...]:
+        """The four groups of every layer, in the order of `LoraBatch.table`."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        hidden, inner = self.hidden_size, self.intermediate_size
+        return (
+            ProjectionGroup("qkv", ("q_proj", "k_proj", "v_proj"), hidden, (q, kv, kv)),
+            ProjectionGroup("o", ("o_proj",), q, (hidden,)),
+            ProjectionGroup("gate_up", ("gate_proj", "up_proj"), hidden, (inner, inner)),
+            ProjectionGroup("down", ("down_proj",), inner, (hidden,)),
+        )
+
+    def adapter_layout(self) -> BaseLayout:
+        """What an adapter of this base has to fit."""
+        shapes = {
+            projection: (width, group.in_features)
+            for group in self.projection_groups
+            for projection, width in zip(group.projections, group.widths, strict=True)
+        }
+        return BaseLayout(num_layers=self.num_layers, shapes=shapes)
+
+    @property
+    def max_context(self) -> int:
+        """The longest context the model is made for, rope scaling counted in.
+
+        Linear and dynamic scaling stretch what `max_position_embeddings` says, yarn stretches the pretrained context;
+        configurations with llama3 or longrope scaling already state the stretched length.
+        """
+        if self.rope.rope_type in ("linear", "dynamic"):
+            return int(self.max_position_embeddings * self.rope.factor)
+        if self.rope.rope_type == "yarn":
+            stretched = int(self.rope.original_max_position_embeddings * self.rope.factor)
+            return max(stretched, self.max_position_embeddings)
+        return self.max_position_embeddings
+
+    def _refuse_odd_shapes(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigurationError(
+                f"config.json: num_attention_heads ({self.num_heads}) is not a multiple of "
+                f"num_key_value_heads ({self.num_kv_heads})."
+            )
+        if self.head_dim % 2:
+            raise ConfigurationError(f"config.json: head_dim ({self.head_dim}) is odd; rope rotates pairs.")
+
+
+class _Reader:
+    """Fields of `config.json`, with errors that name them."""
+
+    def __init__(self, hf: HfConfig) -> None:
+        self.hf = hf
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.hf.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigurationError(f"config.json: {key} should be a positive integer, not {value!r}.")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.hf.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigurationError(f"config.json: {key} should be a number, not {value!r}.")
+        return float(value)
+
+    def refuse_unless(self, key: str, carried: Any) -> None:
+        """Raise unless the field is absent, null or has the one value that is carried."""
+        value = self.hf.get(key)
+        if value is not None and value != carried:
+            raise ConfigurationError(f"config.json: {key} = {value!r} is not carried; only {carried!r} is.")
+
+
+def _no_windows(_reader: _Reader, num_layers: int) -> tuple[int | None, ...]:
+    return (None,) * num_layers
+
+
+def _mistral_windows(reader: _Reader, num_layers: int) -> tuple[int | None, ...]:
+    if reader.hf.get("sliding_window") is None:
+        return (None,) * num_layers
+    return (reader.integer("sliding_window"),) * num_layers
+
+
+def _qwen_windows(reader: _Reader, num_layers: int) -> tuple[int | None, ...]:
+    """`use_sliding_window` switches windows on, `layer_types` or `max_window_layers` says in which layers."""
+    hf = reader.hf
+    if not hf.get("use_sliding_window") or hf.get("sliding_window") is None:
+        return (None,) * num_layers
+    window = reader.integer("sliding_window")
+    layer_types = hf.get("layer_types")
+    if layer_types is None:
+        first = hf.get("max_window_layers", 28)
+        return tuple(window if layer >= first else None for layer in range(num_layers))
+    unknown = sorted(set(layer_types) - {"full_attention", "sliding_attention"})
+    if unknown or len(layer_types) != num_layers:
+        raise ConfigurationError(
+            f"config.json: layer_types should name one of full_attention and sliding_attention for each of the "
+            f"{num_layers} layers; it has {len(layer_types)} entries, {unknown or 'all'} of which are "
+            f"{'unknown' if unknown else 'known'}."
+        )
+    return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
+
+
+_ATTENTION_INPUTS = frozenset({"q_proj", "k_proj", "v_proj"})
+_ATTENTION = _ATTENTION_INPUTS | {"o_proj"}
+_MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
+
+
+def _biases_as_told(hf: HfConfig) -> frozenset[str]:
+    attention = _ATTENTION if hf.get("attention_bias") else frozenset()
+    return attention | (_MLP if hf.get("mlp_bias") else frozenset())
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How a family's `config.json` maps to the fields above, with the defaults that it may leave out."""
+
+    biases: Callable[[HfConfig], frozenset[str]]
+    windows: Callable[[_Reader, int], tuple[int | None, ...]]
+    qk_norm: bool = False
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+
+
+_FAMILIES: dict[str, _Family] = {
+    "llama": _Family(biases=_biases_as_told, windows=_no_windows),
+    "mistral": _Family(biases=lambda _: frozenset(), windows=_mistral_windows, num_kv_heads=8),
+    "qwen2": _Family(biases=lambda _: _ATTENTION_INPUTS, windows=_qwen_windows, num_kv_heads=32),
+    "qwen3": _Family(
+        biases=lambda hf: _ATTENTION if hf.get("attention_bias") else frozenset(),
+        windows=_qwen_windows,
+        qk_norm=True,
+        num_kv_heads=32,
+        head_dim=128,
+    ),
+}
+
+
+def _family_of(hf: HfConfig) -> _Family:
+    model_type = hf.get("model_type")
+    family = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise ConfigurationError(
+            f"config.json: the model family {model_type!r} is not carried. Carried families: {', '.join(_FAMILIES)}."
+        )
+    return family
+
+
+def _rope(reader: _Reader, max_positions: int) -> RopeConfig:
+    """`rope_parameters` (Transformers 5), or `rope_theta` beside `rope_scaling` (before)."""
+    hf = reader.hf
+    parameters = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if not isinstance(parameters, Mapping) or any(isinstance(value, Mapping) for value in parameters.values()):
+        raise ConfigurationError("config.json: rope parameters that differ between layers are not carried.")
+    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+    if rope_type not in ROPE_TYPES:
+        raise ConfigurationError(
+            f"config.json: the rope type {rope_type!r} is not carried. Carried types: {', '.join(ROPE_TYPES)}."
+        )
+    for source in (hf, parameters):
+        _Reader(source).refuse_unless("partial_rotary_factor", 1.0)
+    pretrained = hf.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
+    rope = _Reader(
+        {"rope_theta": hf.get("rope_theta"), "original_max_position_embeddings": pretrained}
+        | {key: value for key, value in parameters.items() if key != "original_max_position_embeddings"}
+    )
+    original = rope.integer("original_max_position_embeddings", default=max_positions)
+    # longrope and yarn may leave the factor out: the ratio of the two contexts says it.
+    factor = max_positions / original if rope_type in ("longrope", "yarn") else None
+    if rope_type in ("linear", "dynamic", "llama3") and parameters.get("factor") is None:
+        raise ConfigurationError(f"config.json: rope type {rope_type} needs a factor.")
+    return RopeConfig(
+        rope_type=cast("RopeType", rope_type),
+        theta=rope.number("rope_theta", default=10_000.0),
+        factor=rope.number("factor", default=factor or 1.0),
+        original_max_position_embeddings=original,
+        attention_factor=parameters.get("attention_factor"),
+        beta_fast=parameters.get("beta_fast") or 32.0,
+        beta_slow=parameters.get("beta_slow") or 1.0,
+        mscale=parameters.get("mscale"),
+        mscale_all_dim=parameters.get("mscale_all_dim"),
+        truncate=parameters.get("truncate", True),
+        short_factor=tuple(parameters.get("short_factor") or ()),
+        long_factor=tuple(parameters.get("long_factor") or ()),
+        low_freq_factor=rope.number("low_freq_factor", default=1.0),
+        high_freq_factor=rope.number("high_freq_factor", default=4.0),
+    )
+
+
+def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)

@@ -1,0 +1,48 @@
+"""The memory of the paged KV cache: allocated here, handed out by the engine, read and written by the ops."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onebase_server.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class KvCache:
+    """Keys and values of every layer, each `[num_blocks, block_size, num_kv_heads, head_dim]`."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks each layer has."""
+        return self.keys[0].shape[0]
+
+    @property
+    def block_size(self) -> int:
+        """How many tokens a block holds."""
+        return self.keys[0].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers together."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+
+def kv_bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes that one block takes in all layers, keys and values together."""
+    return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+def allocate_kv_cache(
+    config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> KvCache:
+    """Zeros for `num_blocks` blocks; the system commits a page only once it is written."""
+    shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
+
+    def one_per_layer() -> tuple[Tensor, ...]:
+        return tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers))
+
+    return KvCache(keys=one_per_layer(), values=one_per_layer())
