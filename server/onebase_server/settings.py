@@ -7,7 +7,7 @@ import ipaddress
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ByteSize, Field, SecretStr, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -16,28 +16,14 @@ from pydantic_settings import (
 )
 
 
-class Settings(BaseSettings):
-    """Everything that `onebase serve` can be told."""
+class EngineSettings(BaseModel):
+    """What the engine process needs to know; no secrets, no addresses."""
 
-    model_config = SettingsConfigDict(env_prefix="ONEBASE_", toml_file="onebase.toml", frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    # what to serve
     base: str = Field(description="Base model: a local Hugging Face directory, or a hub id.")
-    revision: str | None = Field(None, description="Hub revision (a commit hash pins it) when `base` is a hub id.")
-    base_name: str | None = Field(None, description="The base's name in the API; by default its directory's.")
-    store: Path = Field(Path("adapters"), description="Directory of the adapter store.")
     cache_dir: Path = Field(
         Path.home() / ".cache" / "onebase", description="Where quantised weights and downloads are kept."
-    )
-
-    # where to serve
-    host: str = Field("127.0.0.1", description="Address to listen on.")
-    port: int = Field(8000, ge=0, le=65535, description="Port to listen on.")
-    insecure: bool = Field(False, description="Allow other hosts in although a key is missing.")
-    api_key: SecretStr | None = Field(None, description="Key for generation; set it as ONEBASE_API_KEY.")
-    admin_key: SecretStr | None = Field(None, description="Key for adapters; set it as ONEBASE_ADMIN_KEY.")
-    allow_local_paths: Path | None = Field(
-        None, description="The one folder that /v1/load_lora_adapter may read; off by default."
     )
 
     # how to compute
@@ -52,11 +38,35 @@ class Settings(BaseSettings):
     max_model_len: int | None = Field(None, ge=1, description="Longest prompt and answer together, in tokens.")
     max_num_seqs: int = Field(64, ge=1, description="Most requests in one step.")
     max_num_batched_tokens: int = Field(512, ge=1, description="Most tokens in one step (prefill is chunked).")
-    max_waiting: int = Field(1024, ge=1, description="Most requests waiting; more are answered 503.")
     block_size: int = Field(16, ge=1, description="Tokens in a block of the KV cache.")
     kv_cache_memory: ByteSize = Field(ByteSize(512 << 20), ge=1, description="Bytes of the KV cache.")
     prefix_cache: bool = Field(True, description="Reuse the KV blocks of prompts that start alike.")
     adapter_memory: ByteSize = Field(ByteSize(256 << 20), ge=1, description="Bytes of adapters on the device.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What to log.")
+
+
+class Settings(BaseSettings, EngineSettings):
+    """Everything that `onebase serve` can be told."""
+
+    model_config = SettingsConfigDict(env_prefix="ONEBASE_", toml_file="onebase.toml", frozen=True, extra="forbid")
+
+    # what to serve
+    revision: str | None = Field(None, description="Hub revision (a commit hash pins it) when `base` is a hub id.")
+    base_name: str | None = Field(None, description="The base's name in the API; by default its directory's.")
+    store: Path = Field(Path("adapters"), description="Directory of the adapter store.")
+
+    # where to serve
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on.")
+    insecure: bool = Field(False, description="Allow other hosts in although a key is missing.")
+    api_key: SecretStr | None = Field(None, description="Key for generation; set it as ONEBASE_API_KEY.")
+    admin_key: SecretStr | None = Field(None, description="Key for adapters; set it as ONEBASE_ADMIN_KEY.")
+    allow_local_paths: Path | None = Field(
+        None, description="The one folder that /v1/load_lora_adapter may read; off by default."
+    )
+
+    # how much to accept
+    max_waiting: int = Field(1024, ge=1, description="Most requests waiting; more are answered 503.")
     max_lora_rank: int = Field(256, ge=1, description="Largest rank that an upload may have.")
     max_upload_bytes: ByteSize = Field(
         ByteSize(1 << 30), ge=1, description="Largest upload, and largest unpacked archive."
@@ -64,7 +74,6 @@ class Settings(BaseSettings):
     adapter_metric_labels: int = Field(
         50, ge=0, description="How many adapters have metrics of their own; the rest count as `other`."
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What to log.")
 
     @classmethod
     def settings_customise_sources(
@@ -96,6 +105,11 @@ class Settings(BaseSettings):
     def served_name(self) -> str:
         """The base's name in the API: `base_name`, or the last part of where it lies."""
         return self.base_name or Path(self.base).absolute().name
+
+    @property
+    def engine(self) -> EngineSettings:
+        """The part that the engine process gets."""
+        return EngineSettings.model_validate(self.model_dump(include=set(EngineSettings.model_fields)))
 
     @property
     def is_loopback(self) -> bool:
