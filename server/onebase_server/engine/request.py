@@ -155,7 +155,6 @@ class Attached(Struct, frozen=True):
 class Ready(Struct, frozen=True):
     """The engine has loaded the base and can take requests."""
 
-    base_name: str
     vocab_size: int
     max_model_len: int
     """Most tokens of prompt and answer together, bounded by the context and by the KV cache."""

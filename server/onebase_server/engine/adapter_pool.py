@@ -1,0 +1,202 @@
+"""Resident adapters: which are in device memory, where, and which leave when room is needed.
+
+One flat arena holds them all; an adapter is one contiguous extent of just the numbers it has, so that ranks mix without
+padding (the unified pool of S-LoRA, arXiv 2311.03285, without its pages: the arena is compacted instead). Blobs are read
+on a thread, while steps go on. It knows adapters by digest only: names and versions are the store's business.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from onebase_adapters.blobs import read_blob
+
+from onebase_server.engine.extents import Extents
+from onebase_server.engine.packing import TABLE_COLUMNS, PackedAdapter, pack_adapter
+from onebase_server.engine.request import AdapterRef
+from onebase_server.engine.scheduler import AdapterLoading, AdapterMemoryFull, AdapterUnusable
+from onebase_server.model.config import ModelConfig
+
+MAX_LOADING = 8
+"""Blobs on their way or waiting for room at one time: enough to keep the reader busy, too few to fill the host."""
+
+
+@dataclass(slots=True)
+class Resident:
+    """An adapter in the arena."""
+
+    digest: str
+    slot: int
+    offset: int
+    size: int
+    table: torch.Tensor
+    """As in `PackedAdapter`."""
+    num_users: int = 0
+    is_retired: bool = False
+    """No longer live: leaves when its last user does."""
+
+
+class AdapterPool:
+    """A budget of bytes on the device, shared by adapters of any rank and any subset of the projections."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        budget_bytes: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        on_loaded: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.arena = torch.empty(budget_bytes // dtype.itemsize, dtype=dtype, device=device)
+        self.table = torch.zeros(
+            config.num_layers, len(config.projection_groups), 16, TABLE_COLUMNS, dtype=torch.int64, device=device
+        )
+        self.num_attaches = 0
+        self.num_evictions = 0
+        self._extents = Extents(self.arena.numel())
+        self._resident: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
+        self._free_slots = list(range(self.table.shape[2]))
+        self._loading: dict[str, Future[PackedAdapter]] = {}
+        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
+        self._on_loaded = on_loaded
+
+    def __repr__(self) -> str:
+        return f"AdapterPool(resident={len(self._resident)}, loading={len(self._loading)}, {self._extents!r})"
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of the arena that adapters fill."""
+        return self._extents.used * self.dtype.itemsize
+
+    @property
+    def bytes_total(self) -> int:
+        """The budget."""
+        return self._extents.total * self.dtype.itemsize
+
+    @property
+    def num_resident(self) -> int:
+        """Adapters in the arena."""
+        return len(self._resident)
+
+    def acquire(self, adapter: AdapterRef) -> int:
+        """Pin an adapter and return its slot.
+
+        Raises AdapterLoading while its blob is read, AdapterMemoryFull while pinned adapters leave no room for it,
+        AdapterUnusable if it can never run here.
+        """
+        resident = self._resident.get(adapter.digest) or self._admit(adapter)
+        resident.num_users += 1
+        self._resident.move_to_end(adapter.digest)
+        return resident.slot
+
+    def release(self, digest: str) -> None:
+        """Undo one `acquire`; a retired adapter leaves with its last user."""
+        resident = self._resident[digest]
+        resident.num_users -= 1
+        assert resident.num_users >= 0, f"adapter {digest[:12]} was released too often"
+        if resident.is_retired and resident.num_users == 0:
+            self._remove(resident)
+
+    def withdraw(self, digest: str) -> None:
+        """A sequence that waited for this adapter is gone: do not keep its bytes waiting for room."""
+        self._loading.pop(digest, None)
+
+    def retire(self, digest: str) -> None:
+        """An adapter version is no longer live: its memory is free once nobody uses it."""
+        self._loading.pop(digest, None)
+        if resident := self._resident.get(digest):
+            resident.is_retired = True
+            if resident.num_users == 0:
+                self._remove(resident)
+
+    def _admit(self, adapter: AdapterRef) -> Resident:
+        """Take a blob that has been read into the arena, or have it read."""
+        loading = self._loading.get(adapter.digest)
+        if loading is None:
+            if len(self._loading) >= MAX_LOADING:
+                raise AdapterLoading
+            loading = self._loading[adapter.digest] = self._loader.submit(self._load, adapter)
+            loading.add_done_callback(lambda _: self._on_loaded())
+        if not loading.done():
+            raise AdapterLoading
+        try:
+            packed = loading.result()
+        except Exception as error:  # whatever a damaged blob raises belongs to its requests, not to the engine
+            del self._loading[adapter.digest]
+            raise AdapterUnusable(f"Adapter {adapter.label} could not be loaded: {error}") from error
+        offset = self._find_room(adapter, packed.numbers.numel())
+        del self._loading[adapter.digest]
+        return self._place(adapter.digest, packed, offset)
+
+    def _load(self, adapter: AdapterRef) -> PackedAdapter:
+        packed = pack_adapter(read_blob(Path(adapter.path)), self.config, self.dtype)
+        return PackedAdapter(packed.numbers.pin_memory(), packed.table) if self.arena.is_cuda else packed
+
+    def _find_room(self, adapter: AdapterRef, size: int) -> int:
+        """An extent for `size` numbers, sending idle adapters away and closing gaps as far as needed."""
+        if size > self._extents.total:
+            raise AdapterUnusable(
+                f"Adapter {adapter.label} needs {size * self.dtype.itemsize} bytes, "
+                f"the whole adapter memory has {self.bytes_total}; raise --adapter-memory."
+            )
+        idle = [resident for resident in self._resident.values() if resident.num_users == 0]
+        if self._extents.free + sum(resident.size for resident in idle) < size:
+            raise AdapterMemoryFull
+        while self._extents.free < size:
+            self._remove(idle.pop(0))
+            self.num_evictions += 1
+        offset = self._extents.allocate(size)
+        if offset is None:
+            self._compact()
+            offset = self._extents.allocate(size)
+        assert offset is not None, "after compaction all free numbers are one extent"
+        return offset
+
+    def _place(self, digest: str, packed: PackedAdapter, offset: int) -> Resident:
+        if not self._free_slots:
+            self._grow_table()
+        resident = Resident(digest, self._free_slots.pop(), offset, packed.numbers.numel(), packed.table)
+        self.arena[offset : offset + resident.size].copy_(packed.numbers, non_blocking=True)
+        self._write_table(resident)
+        self._resident[digest] = resident
+        self.num_attaches += 1
+        return resident
+
+    def _remove(self, resident: Resident) -> None:
+        del self._resident[resident.digest]
+        self._extents.release(resident.offset)
+        self._free_slots.append(resident.slot)
+
+    def _compact(self) -> None:
+        """Close the gaps between extents; nothing computes between two steps, so tables and numbers change together."""
+        moved = {move.source: move.target for move in self._extents.compact()}
+        for resident in sorted(self._resident.values(), key=lambda r: r.offset):
+            target = moved.get(resident.offset)
+            if target is not None:
+                numbers = self.arena[resident.offset : resident.offset + resident.size].clone()
+                self.arena[target : target + resident.size] = numbers
+                resident.offset = target
+                self._write_table(resident)
+
+    def _write_table(self, resident: Resident) -> None:
+        table = resident.table.clone()
+        table[..., 0] += resident.offset
+        self.table[:, :, resident.slot] = table
+
+    def _grow_table(self) -> None:
+        slots = self.table.shape[2]
+        self.table = torch.cat([self.table, torch.zeros_like(self.table)], dim=2)
+        self._free_slots = list(range(slots, 2 * slots))
+
+    def check(self) -> None:
+        """Raise AssertionError unless residents, extents and slots agree."""
+        self._extents.check()
+        assert sum(resident.size for resident in self._resident.values()) == self._extents.used, repr(self)
+        slots = [resident.slot for resident in self._resident.values()] + self._free_slots
+        assert sorted(slots) == list(range(self.table.shape[2])), f"{self!r}: slots {sorted(slots)}"

@@ -1,0 +1,117 @@
+"""The engine process: loads the base, then steps for as long as there is work.
+
+Started by `client.EngineClient` as `python -m onebase_server.engine.process FD`, with FD one end of a socket pair. A
+thread reads messages; the main thread computes. When the API process goes away, so does this one.
+"""
+
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from onebase_server.engine.core import Engine
+from onebase_server.engine.protocol import EngineSocket
+from onebase_server.engine.request import Failed, Ready, ToEngine
+from onebase_server.errors import OnebaseError
+from onebase_server.model.decoder import Decoder
+from onebase_server.model.tokenizer import read_eos_token_ids
+from onebase_server.model.weights import load_decoder
+from onebase_server.settings import EngineSettings
+
+logger = logging.getLogger(__name__)
+
+
+class Inbox:
+    """Messages for the step loop, and a bell that wakes it without one."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
+
+    def put(self, message: ToEngine) -> None:
+        """Leave a message."""
+        self._queue.put(message)
+
+    def ring(self) -> None:
+        """Wake the loop: an adapter's blob has been read."""
+        self._queue.put(None)
+
+    def take(self, *, wait: bool) -> list[ToEngine]:
+        """All messages there are; with `wait`, not before there is one, or the bell."""
+        taken = [self._queue.get()] if wait else []
+        while True:
+            try:
+                taken.append(self._queue.get_nowait())
+            except queue.Empty:
+                return [message for message in taken if message is not None]
+
+
+def load_engine(settings: EngineSettings, inbox: Inbox) -> tuple[Engine, Ready]:
+    """Load the base and lay out memory; raises OnebaseError when the base or a setting is wrong."""
+    started = time.perf_counter()
+    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+    path = Path(settings.base)
+    decoder: Decoder = load_decoder(path, settings)
+    engine = Engine(decoder, settings, eos_token_ids=read_eos_token_ids(path), on_loaded=inbox.ring)
+    ready = Ready(
+        vocab_size=decoder.config.vocab_size,
+        max_model_len=engine.max_model_len,
+        adapter_bytes_total=engine.adapter_pool.bytes_total,
+        adapter_element_bytes=decoder.dtype.itemsize,
+        quantization=settings.quantization,
+        weight_bytes=decoder.weight_bytes,
+        load_seconds=time.perf_counter() - started,
+    )
+    return engine, ready
+
+
+def run(engine: Engine, inbox: Inbox, connection: EngineSocket) -> None:
+    """Step for ever; sleep only when nothing can be computed."""
+    is_idle = True
+    while True:
+        for message in inbox.take(wait=is_idle):
+            engine.handle(message)
+        for answer in engine.poll_attaches():
+            connection.send(answer)
+        outputs = engine.step()
+        connection.send(outputs)
+        is_idle = outputs.stats.batch_tokens == 0
+
+
+def read_messages(connection: EngineSocket, inbox: Inbox) -> None:
+    """Feed the inbox until the API process is gone, then end this process at once."""
+    try:
+        while True:
+            inbox.put(connection.receive())
+    except (EOFError, OSError):
+        os._exit(0)
+
+
+def main() -> None:
+    """Entry point of the process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the API process decides
+    connection = EngineSocket(socket.socket(fileno=int(sys.argv[1])))
+    settings = connection.receive_settings()
+    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s engine: %(message)s")
+    inbox = Inbox()
+    threading.Thread(target=read_messages, args=(connection, inbox), daemon=True).start()
+    try:
+        engine, ready = load_engine(settings, inbox)
+    except OnebaseError as error:
+        connection.send(Failed(error=error.message))
+        sys.exit(1)
+    connection.send(ready)
+    try:
+        run(engine, inbox, connection)
+    except OSError:
+        logger.info("the API process is gone")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Turns a scheduled batch into tensors, runs the decoder on them, and brings the sampled tokens back.
+
+The one place where sequences (Python) meet tensors. It decides nothing: what to compute is the scheduler's choice.
+"""
+
+from itertools import accumulate
+
+import torch
+from onebase_kernels import AttentionBatch, Segment
+from torch import Tensor
+
+from onebase_server.engine.adapter_pool import AdapterPool
+from onebase_server.engine.request import Logprob
+from onebase_server.engine.sampler import chosen_logprobs, sample
+from onebase_server.engine.scheduler import Batch, Sampled, ScheduledSequence
+from onebase_server.engine.sequence import NO_SLOT
+from onebase_server.model.decoder import Decoder
+from onebase_server.model.kv_cache import KvCache
+from onebase_server.model.linear import LoraBatch
+
+
+class Runner:
+    """Executes batches on one decoder, one KV cache and one pool of adapters."""
+
+    def __init__(self, decoder: Decoder, kv_cache: KvCache, adapter_pool: AdapterPool, block_size: int) -> None:
+        self.decoder = decoder
+        self.kv_cache = kv_cache
+        self.adapter_pool = adapter_pool
+        self.block_size = block_size
+        self.device = adapter_pool.arena.device
+
+    @torch.inference_mode()
+    def execute(self, batch: Batch) -> list[Sampled]:
+        """Compute the batch's tokens and choose the next one of each sequence whose known tokens are through."""
+        if not batch:
+            return []
+        hidden = self.decoder.forward(
+            self._tensor([token for e in batch.scheduled for token in e.sequence.token_ids[e.start : e.stop]]),
+            self._tensor([position for e in batch.scheduled for position in range(e.start, e.stop)]),
+            self.kv_cache,
+            self._attention(batch),
+            self._lora(batch),
+        )
+        return self._collect(batch, hidden)
+
+    def _tensor(self, values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+    def _attention(self, batch: Batch) -> AttentionBatch:
+        tables = [entry.sequence.block_table for entry in batch.scheduled]
+        widest = max(map(len, tables))
+        size = self.block_size
+        slot_mapping = [
+            entry.sequence.block_table[position // size] * size + position % size
+            for entry in batch.scheduled
+            for position in range(entry.start, entry.stop)
+        ]
+        return AttentionBatch(
+            query_starts=tuple(accumulate((entry.num_tokens for entry in batch.scheduled), initial=0)),
+            context_lens=tuple(entry.stop for entry in batch.scheduled),
+            block_tables=torch.tensor(
+                [table + [0] * (widest - len(table)) for table in tables], dtype=torch.int32, device=self.device
+            ),
+            slot_mapping=self._tensor(slot_mapping),
+        )
+
+    def _lora(self, batch: Batch) -> LoraBatch | None:
+        """One segment for each run of tokens with the same adapter; the batch is ordered by slot."""
+        segments: list[Segment] = []
+        start = 0
+        for entry in batch.scheduled:
+            stop, slot = start + entry.num_tokens, entry.sequence.slot
+            if slot != NO_SLOT:
+                if segments and segments[-1].slot == slot:
+                    segments[-1] = Segment(slot, segments[-1].start, stop)
+                else:
+                    segments.append(Segment(slot, start, stop))
+            start = stop
+        if not segments:
+            return None
+        return LoraBatch(arena=self.adapter_pool.arena, table=self.adapter_pool.table, segments=tuple(segments))
+
+    def _collect(self, batch: Batch, hidden: Tensor) -> list[Sampled]:
+        """Logits only where they are needed: each sampling sequence's last row, every row for prompt logprobs."""
+        stops = list(accumulate(entry.num_tokens for entry in batch.scheduled))
+        sampling = [i for i, e in enumerate(batch.scheduled) if e.samples and e.sequence.sampling.max_tokens > 0]
+        prompt_logprobs = [
+            self._prompt_logprobs(entry, hidden[stop - entry.num_tokens : stop])
+            for entry, stop in zip(batch.scheduled, stops, strict=True)
+        ]
+        tokens: dict[int, int] = {}
+        logprobs: dict[int, Logprob] = {}
+        if sampling:
+            logits = self.decoder.compute_logits(hidden[self._tensor([stops[i] - 1 for i in sampling])])
+            tokens, logprobs = self._sample(batch, sampling, logits)
+        return [Sampled(tokens.get(i), logprobs.get(i), prompt_logprobs[i]) for i in range(len(batch.scheduled))]
+
+    def _sample(self, batch: Batch, rows: list[int], logits: Tensor) -> tuple[dict[int, int], dict[int, Logprob]]:
+        sequences = [batch.scheduled[i].sequence for i in rows]
+        reporting = [r for r, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
+        raw = logits[reporting]  # a copy: sampling changes logits in place
+        chosen = sample(logits, sequences)
+        logprobs: dict[int, Logprob] = {}
+        for r, row_logits in zip(reporting, raw, strict=True):
+            num_top = sequences[r].sampling.logprobs or 0
+            logprobs[rows[r]] = chosen_logprobs(row_logits.unsqueeze(0), [chosen[r]], num_top)[0]
+        return dict(zip(rows, chosen, strict=True)), logprobs
+
+    def _prompt_logprobs(self, entry: ScheduledSequence, hidden: Tensor) -> tuple[Logprob, ...]:
+        """Log-probabilities of the prompt tokens that follow this chunk's positions."""
+        sequence = entry.sequence
+        if not sequence.wants_prompt_logprobs:
+            return ()
+        targets = sequence.token_ids[entry.start + 1 : min(entry.stop + 1, sequence.num_prompt_tokens)]
+        if not targets:
+            return ()
+        logits = self.decoder.compute_logits(hidden[: len(targets)])
+        return tuple(chosen_logprobs(logits, targets, sequence.sampling.prompt_logprobs or 0))

@@ -1,0 +1,75 @@
+"""A request as the engine carries it: its tokens, its KV blocks and how far it has come.
+
+Knows no torch, no scheduling policy and no socket.
+"""
+
+import secrets
+from dataclasses import dataclass, field
+
+from onebase_server.engine.request import AdapterRef, SamplingParams, Submit
+
+NO_SLOT = -1
+"""The adapter slot of a sequence that runs on the base alone."""
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """Progress is `num_tokens - num_computed_tokens`: what is known but not yet in the KV cache.
+
+    A fresh prompt, a chunked prefill, a decode step and recomputation after a preemption differ in that number only.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    """Prompt and answer so far."""
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    seed: int
+    adapter: AdapterRef | None
+    arrival: float
+    """Monotonic seconds."""
+    num_computed_tokens: int = 0
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Prefix-cache keys of the full blocks of `token_ids`, as far as they were needed."""
+    slot: int = NO_SLOT
+    """The adapter's slot while the sequence runs."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that the prefix cache spared at the first admission."""
+    first_scheduled: float | None = None
+    times_passed: int = 0
+    """How many sequences that came later were admitted before this one, for want of adapter memory."""
+
+    @classmethod
+    def from_submit(cls, message: Submit, arrival: float) -> "Sequence":
+        """Start a sequence; without a seed of the client's it draws its own, so that a preemption repeats nothing."""
+        seed = message.sampling.seed
+        return cls(
+            request_id=message.request_id,
+            token_ids=list(message.prompt_token_ids),
+            num_prompt_tokens=len(message.prompt_token_ids),
+            sampling=message.sampling,
+            seed=secrets.randbits(63) if seed is None else seed,
+            adapter=message.adapter,
+            arrival=arrival,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known: prompt and answer so far."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def adapter_digest(self) -> str | None:
+        """The adapter's identity, None for the base."""
+        return self.adapter.digest if self.adapter else None
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether the prompt's log-probabilities are still to be reported, so that every position needs logits."""
+        return self.sampling.prompt_logprobs is not None and self.num_output_tokens == 0
