@@ -1,0 +1,203 @@
+"""Text to token ids and back, and chat messages to a prompt, from a Hugging Face directory.
+
+It needs neither torch nor transformers, so that the API process stays small.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers.decoders import DecodeStream
+from tokenizers.pre_tokenizers import ByteLevel
+
+from onebase_server.errors import BadRequest, ConfigurationError
+from onebase_server.model.chat_template import ChatTemplate
+
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_CONTEXT_TOKENS = 8
+"""How many tokens of the prompt a stream needs to see whether its first word begins with a space."""
+
+
+class Tokenizer:
+    """A model's tokenizer with its chat template and the tokens that end a text."""
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, *, eos_token_ids: Iterable[int], chat_template: ChatTemplate | None
+    ) -> None:
+        self._backend = backend
+        self._chat_template = chat_template
+        self.eos_token_ids: tuple[int, ...] = tuple(sorted(eos_token_ids))
+        """Tokens that end an answer, ascending."""
+
+    @classmethod
+    def from_directory(cls, path: Path) -> "Tokenizer":
+        """Read `tokenizer.json`, `tokenizer_config.json` and what `config.json` and `generation_config.json` add.
+
+        Raises:
+            ConfigurationError: `tokenizer.json` is missing or damaged, or another of the files is not JSON.
+        """
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            raise ConfigurationError(
+                f"{path} has no tokenizer.json. Save the tokenizer in its fast form (AutoTokenizer.save_pretrained)."
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exceptions
+            raise ConfigurationError(f"{file} cannot be read: {error}.") from error
+        backend.no_truncation()
+        backend.no_padding()
+        config = _read_json(path / "tokenizer_config.json")
+        special_tokens = {name: text for name in _SPECIAL_TOKENS if (text := _token_text(config.get(name))) is not None}
+        template = _chat_template_source(path, config)
+        return cls(
+            backend,
+            eos_token_ids=_eos_token_ids(path, backend, special_tokens.get("eos_token")),
+            chat_template=None if template is None else ChatTemplate(template, special_tokens),
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the vocabulary, added ones included; the model's embedding may have more rows."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`, where special tokens written out count as themselves; BOS before if the model wants it."""
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of `token_ids` without special tokens; bytes that are not UTF-8 become U+FFFD."""
+        return self._backend.decode(token_ids, skip_special_tokens=True)
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
+    ) -> str:
+        """The prompt that the model's chat template makes of `messages`; `kwargs` are the template's own variables.
+
+        Raises:
+            BadRequest: The model has no chat template, or the template refuses the messages.
+        """
+        if self._chat_template is None:
+            raise BadRequest(
+                "This model has no chat template, so it cannot chat; use /v1/completions with a prompt instead.",
+                param="messages",
+            )
+        return self._chat_template.render(messages, add_generation_prompt=add_generation_prompt, **kwargs)
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
+    ) -> list[int]:
+        """Token ids of `render_chat`; the template itself writes BOS, so none is added."""
+        prompt = self.render_chat(messages, add_generation_prompt=add_generation_prompt, **kwargs)
+        return self.encode(prompt, add_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for, perhaps a part of a character; empty for an id outside the vocabulary."""
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id in self._added_token_ids:
+            return token.encode()
+        if self._is_byte_level:
+            return bytes(_BYTE_OF_LETTER[letter] for letter in token)
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes.fromhex(token[3:5])
+        return token.replace("▁", " ").encode()
+
+    def id_to_token_text(self, token_id: int) -> str:
+        """`token_bytes` as text for a list of log-probabilities: parts of characters show as U+FFFD, special tokens as written."""
+        return self.token_bytes(token_id).decode(errors="replace")
+
+    def stream(self, prompt_token_ids: Sequence[int] = ()) -> "TokenStream":
+        """An incremental detokenizer for what follows the prompt."""
+        return TokenStream(self._backend, prompt_token_ids)
+
+    @cached_property
+    def _added_token_ids(self) -> frozenset[int]:
+        return frozenset(self._backend.get_added_tokens_decoder())
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        decoder = json.loads(self._backend.to_str())["decoder"] or {}
+        return any(step["type"] == "ByteLevel" for step in decoder.get("decoders", [decoder]) if step)
+
+
+class TokenStream:
+    """Turns token ids into text as they come: the pieces, put together, are the whole's text, and none splits a character."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, prompt_token_ids: Sequence[int] = ()) -> None:
+        self._backend = backend
+        self._held: list[int] = []
+        context = list(prompt_token_ids[-_CONTEXT_TOKENS:])
+        if backend.decode(context).endswith("\ufffd"):
+            context = []  # the prompt ends within a character; the library could not continue from there
+        self._decoder = DecodeStream(ids=context, skip_special_tokens=True)
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        """The text that these tokens complete; empty while a character is unfinished."""
+        return "".join(self._push_one(token_id) for token_id in token_ids)
+
+    def flush(self) -> str:
+        """The text held back, its unfinished character as U+FFFD; call it once, after the last token."""
+        held, self._held = self._held, []
+        return self._backend.decode(held, skip_special_tokens=True)
+
+    def _push_one(self, token_id: int) -> str:
+        self._held.append(token_id)
+        piece = self._decoder.step(self._backend, token_id)
+        if piece is None:
+            return ""
+        self._held.clear()
+        return piece
+
+
+def _byte_of_letter() -> dict[str, int]:
+    """Byte-level BPE writes a byte as a letter: a printable one as itself, the others, in order, as letters from U+0100 on."""
+    letters = set(ByteLevel.alphabet())
+    hidden_bytes = [byte for byte in range(256) if chr(byte) not in letters]
+    substitutes = sorted(letter for letter in letters if ord(letter) > 255)
+    printable = {chr(byte): byte for byte in range(256) if chr(byte) in letters}
+    return printable | dict(zip(substitutes, hidden_bytes, strict=True))
+
+
+_BYTE_OF_LETTER = _byte_of_letter()
+
+
+def _chat_template_source(path: Path, config: Mapping[str, Any]) -> str | None:
+    """`chat_template.jinja` before the configuration's field, as Hugging Face reads them; of several, the default one."""
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    return template
+
+
+def _eos_token_ids(path: Path, backend: tokenizers.Tokenizer, eos_token: str | None) -> set[int]:
+    """Every token that one of the three files calls the end."""
+    ids: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        listed = _read_json(path / name).get("eos_token_id")
+        ids.update(listed if isinstance(listed, list) else [] if listed is None else [listed])
+    if eos_token is not None and (token_id := backend.token_to_id(eos_token)) is not None:
+        ids.add(token_id)
+    return ids
+
+
+def _token_text(entry: Any) -> str | None:
+    """A special token is written as its text, or as an object with its text in `content`."""
+    return entry["content"] if isinstance(entry, dict) else entry
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigurationError(f"{path} is not JSON: {error}.") from error
+    return content
