@@ -1,5 +1,6 @@
 import hypothesis.strategies as st
 from hypothesis import given
+
 from onebase_server.api.stop_strings import StopStringFilter
 
 TEXT = st.text("abc", max_size=30)
