@@ -1,8 +1,8 @@
 """Resident adapters: which are in device memory, where, and which leave when room is needed.
 
 One flat arena holds them all; an adapter is one contiguous extent of just the numbers it has, so that ranks mix without
-padding (the unified pool of S-LoRA, arXiv 2311.03285, without its pages: the arena is compacted instead). Blobs are read
-on a thread, while steps go on. It knows adapters by digest only: names and versions are the store's business.
+padding (the unified pool of S-LoRA, arXiv 2311.03285, without its pages: the arena is compacted instead). Blobs are
+read on a thread, while steps go on. It knows adapters by digest only: names and versions are the store's business.
 """
 
 from collections import OrderedDict
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from onebase_adapters.blobs import read_blob
 
+from onebase_adapters.blobs import read_blob
 from onebase_server.engine.extents import Extents
 from onebase_server.engine.packing import TABLE_COLUMNS, PackedAdapter, pack_adapter
 from onebase_server.engine.request import AdapterRef
@@ -127,10 +127,12 @@ class AdapterPool:
             raise AdapterLoading
         try:
             packed = loading.result()
+            offset = self._find_room(packed.numbers.numel())
+        except AdapterMemoryFull:
+            raise
         except Exception as error:  # whatever a damaged blob raises belongs to its requests, not to the engine
             del self._loading[adapter.digest]
-            raise AdapterUnusable(f"Adapter {adapter.label} could not be loaded: {error}") from error
-        offset = self._find_room(adapter, packed.numbers.numel())
+            raise AdapterUnusable(f"Adapter {adapter.label} cannot run here: {error}") from error
         del self._loading[adapter.digest]
         return self._place(adapter.digest, packed, offset)
 
@@ -138,12 +140,12 @@ class AdapterPool:
         packed = pack_adapter(read_blob(Path(adapter.path)), self.config, self.dtype)
         return PackedAdapter(packed.numbers.pin_memory(), packed.table) if self.arena.is_cuda else packed
 
-    def _find_room(self, adapter: AdapterRef, size: int) -> int:
+    def _find_room(self, size: int) -> int:
         """An extent for `size` numbers, sending idle adapters away and closing gaps as far as needed."""
         if size > self._extents.total:
             raise AdapterUnusable(
-                f"Adapter {adapter.label} needs {size * self.dtype.itemsize} bytes, "
-                f"the whole adapter memory has {self.bytes_total}; raise --adapter-memory."
+                f"it needs {size * self.dtype.itemsize} bytes and the whole adapter memory has {self.bytes_total}; "
+                "raise --adapter-memory."
             )
         idle = [resident for resident in self._resident.values() if resident.num_users == 0]
         if self._extents.free + sum(resident.size for resident in idle) < size:

@@ -5,12 +5,11 @@ The layout is the contract of `onebase_kernels.add_lora_`. It knows nothing of t
 
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 import torch
-from onebase_adapters.adapter import Adapter, Array, LowRankPair, ModuleKey
 from torch import Tensor
 
+from onebase_adapters.adapter import Adapter, Array, LowRankPair, ModuleKey
 from onebase_server.model.config import ModelConfig
 
 TABLE_COLUMNS = 4
@@ -46,11 +45,9 @@ def pack_adapter(adapter: Adapter, config: ModelConfig, dtype: torch.dtype) -> P
 
 def _matrices(pairs: list[LowRankPair]) -> list[Tensor]:
     """A group's matrices in the order of the layout; the scale is folded in before rounding to the compute dtype."""
-    return [_tensor(pair.lora_a) for pair in pairs] + [_tensor(pair.lora_b).T.float() * pair.scale for pair in pairs]
+    return [_float32(pair.lora_a) for pair in pairs] + [_float32(pair.lora_b).T * pair.scale for pair in pairs]
 
 
-def _tensor(array: Array) -> Tensor:
-    """A torch view of a numpy array; bfloat16, which numpy has from ml_dtypes, crosses as its 16 bits."""
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+def _float32(array: Array) -> Tensor:
+    """A torch copy of a mapped array, whatever its dtype (torch does not know numpy's bfloat16)."""
+    return torch.from_numpy(array.astype(np.float32))

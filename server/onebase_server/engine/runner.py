@@ -6,9 +6,9 @@ The one place where sequences (Python) meet tensors. It decides nothing: what to
 from itertools import accumulate
 
 import torch
-from onebase_kernels import AttentionBatch, Segment
 from torch import Tensor
 
+from onebase_kernels import AttentionBatch, Segment
 from onebase_server.engine.adapter_pool import AdapterPool
 from onebase_server.engine.request import Logprob
 from onebase_server.engine.sampler import chosen_logprobs, sample

@@ -1,8 +1,8 @@
 """Chooses the next token of each row from its logits.
 
 A row's choice depends on its own logits, history, parameters and seed alone, never on the rows beside it: randomness is
-one uniform number per (seed, position), pushed through the inverse of the cumulative distribution. It knows no batch and
-no KV cache.
+one uniform number per (seed, position), pushed through the inverse of the cumulative distribution. It knows no batch
+and no KV cache.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """Which tokens of which sequences the next step computes.
 
-Continuous batching with chunked prefill (Sarathi-Serve, arXiv 2403.02310) over paged KV blocks (vLLM, arXiv 2309.06180),
-preemption by recomputation, and admission that waits for adapters. It knows no torch: blocks are numbers, adapters answer
-through `Adapters`.
+Continuous batching with chunked prefill (Sarathi-Serve, arXiv 2403.02310) over paged KV blocks (vLLM, arXiv
+2309.06180), preemption by recomputation, and admission that waits for adapters. It knows no torch: blocks are numbers,
+adapters answer through `Adapters`.
 """
 
 import time

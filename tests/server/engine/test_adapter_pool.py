@@ -1,0 +1,139 @@
+"""Adapter memory: a budget of bytes, LRU among the idle, nothing pinned ever moves out, and retired versions leave."""
+
+import queue
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from onebase_server.engine.adapter_pool import AdapterPool
+from onebase_server.engine.request import AdapterRef
+from onebase_server.engine.scheduler import AdapterLoading, AdapterMemoryFull, AdapterUnusable
+from onebase_server.model.config import ModelConfig
+
+from .conftest import BlobWriter
+
+Q_RANK_1 = 2 * (32 + 32)
+"""Numbers of a rank-1 adapter on q_proj, in two layers."""
+
+
+class Pool(AdapterPool):
+    """A pool whose loader can be waited for."""
+
+    def __init__(self, config: ModelConfig, numbers: int) -> None:
+        self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        super().__init__(config, 4 * numbers, torch.float32, torch.device("cpu"), on_loaded=lambda: self.bell.put(None))
+
+    def acquire_loaded(self, adapter: AdapterRef) -> int:
+        """Acquire, waiting for the blob to be read if it is not there yet."""
+        while True:
+            try:
+                return self.acquire(adapter)
+            except AdapterLoading:
+                self.bell.get(timeout=10)
+
+    def numbers_of(self, slot: int) -> torch.Tensor:
+        """The q_proj matrices that the kernels would find for a slot in layer 0."""
+        offset, rank, *_ = self.table[0, 0, slot].tolist()
+        return self.arena[offset : offset + rank * 64].clone()
+
+
+@pytest.fixture
+def pool(tiny_config: ModelConfig) -> Iterator[Pool]:
+    """Room for ten rank-1 adapters on q_proj."""
+    pool = Pool(tiny_config, 10 * Q_RANK_1)
+    yield pool
+    pool.check()
+
+
+def test_the_first_request_finds_the_adapter_loading_and_a_later_one_finds_it_there(
+    pool: Pool, write_adapter: BlobWriter
+) -> None:
+    adapter = write_adapter("a", {"q_proj": 2})
+    with pytest.raises(AdapterLoading):
+        pool.acquire(adapter)
+    pool.bell.get(timeout=10)
+    slot = pool.acquire(adapter)
+    assert pool.acquire(adapter) == slot
+    assert pool.bytes_used == 4 * 2 * Q_RANK_1
+
+
+def test_the_least_recently_used_idle_adapter_makes_room(pool: Pool, write_adapter: BlobWriter) -> None:
+    oldest, pinned, recent = (write_adapter(name, {"q_proj": 3}) for name in ("oldest", "pinned", "recent"))
+    for adapter in (oldest, pinned, recent):
+        pool.acquire_loaded(adapter)
+    pool.release(oldest.digest)
+    pool.release(recent.digest)
+    pool.acquire_loaded(write_adapter("new", {"q_proj": 2}))
+    assert pool.num_evictions == 1
+    pool.acquire(recent)
+    pool.acquire(pinned)
+    with pytest.raises(AdapterLoading):
+        pool.acquire(oldest)
+
+
+def test_pinned_adapters_stay_and_a_new_one_waits(pool: Pool, write_adapter: BlobWriter) -> None:
+    first, second = write_adapter("first", {"q_proj": 6}), write_adapter("second", {"q_proj": 6})
+    pool.acquire_loaded(first)
+    with pytest.raises(AdapterMemoryFull):
+        pool.acquire_loaded(second)
+    pool.release(first.digest)
+    pool.acquire(second)
+
+
+def test_scattered_room_is_made_one_and_every_adapter_keeps_its_numbers(pool: Pool, write_adapter: BlobWriter) -> None:
+    adapters = [write_adapter(f"a{number}", {"q_proj": 2}) for number in range(5)]
+    slots = [pool.acquire_loaded(adapter) for adapter in adapters]
+    before = {slot: pool.numbers_of(slot) for slot in (slots[1], slots[3])}
+    for number in (0, 2, 4):
+        pool.release(adapters[number].digest)
+        pool.retire(adapters[number].digest)
+    pool.acquire_loaded(write_adapter("large", {"q_proj": 6}))
+    for slot, numbers in before.items():
+        torch.testing.assert_close(pool.numbers_of(slot), numbers, rtol=0, atol=0)
+
+
+def test_a_retired_version_leaves_with_its_last_user(pool: Pool, write_adapter: BlobWriter) -> None:
+    adapter = write_adapter("a", {"q_proj": 2})
+    pool.acquire_loaded(adapter)
+    pool.acquire(adapter)
+    pool.retire(adapter.digest)
+    pool.release(adapter.digest)
+    assert pool.num_resident == 1
+    pool.release(adapter.digest)
+    assert (pool.num_resident, pool.bytes_used) == (0, 0)
+
+
+def test_an_adapter_larger_than_the_memory_is_unusable(pool: Pool, write_adapter: BlobWriter) -> None:
+    with pytest.raises(
+        AdapterUnusable, match="big@1 cannot run here: it needs 5632 bytes and the whole adapter memory has 5120"
+    ):
+        pool.acquire_loaded(write_adapter("big", {"q_proj": 11}))
+
+
+def test_a_damaged_blob_harms_its_own_requests_only(pool: Pool, write_adapter: BlobWriter) -> None:
+    adapter = write_adapter("a", {"q_proj": 2})
+    Path(adapter.path).write_bytes(b"not a blob")
+    with pytest.raises(AdapterUnusable, match="a@1 cannot run here: Blob"):
+        pool.acquire_loaded(adapter)
+    pool.acquire_loaded(write_adapter("b", {"q_proj": 2}))
+
+
+def test_more_adapters_than_the_table_has_rows_make_it_grow(
+    tiny_config: ModelConfig, write_adapter: BlobWriter
+) -> None:
+    pool = Pool(tiny_config, 100 * Q_RANK_1)
+    slots = [pool.acquire_loaded(write_adapter(f"a{number}", {"q_proj": 1})) for number in range(40)]
+    assert len(set(slots)) == 40
+    pool.check()
+
+
+def test_a_withdrawn_wish_keeps_no_bytes_waiting(pool: Pool, write_adapter: BlobWriter) -> None:
+    blocker, waiting = write_adapter("blocker", {"q_proj": 9}), write_adapter("waiting", {"q_proj": 5})
+    pool.acquire_loaded(blocker)
+    with pytest.raises(AdapterMemoryFull):
+        pool.acquire_loaded(waiting)
+    assert "loading=1" in repr(pool)
+    pool.withdraw(waiting.digest)
+    assert "loading=0" in repr(pool)
