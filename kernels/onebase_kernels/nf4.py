@@ -39,7 +39,7 @@ _TINY = 1e-38  # what a block of zeros is divided by
 _CHUNK = 1 << 21  # weights worked on at a time; a multiple of the block size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NestedScales:
     """What turns the 8-bit scales of double quantisation back into fp32: `map[code] · absmax + offset`."""
 
@@ -50,8 +50,12 @@ class NestedScales:
     quant_map: Tensor
     """fp32 [256]: the values that the codes stand for, ascending."""
 
+    def to(self, device: torch.device) -> "NestedScales":
+        """The same on `device`."""
+        return NestedScales(self.absmax.to(device), self.offset.to(device), self.quant_map.to(device))
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Nf4Weight:
     """A linear's weight [out, in] in NF4: two codes to a byte, the first in the high half; a scale per block of 64."""
 
@@ -67,10 +71,10 @@ class Nf4Weight:
         """Bytes of codes and scales, the maps that all weights have alike left out."""
         return self.codes.nbytes + self.absmax.nbytes + (self.nested.absmax.nbytes + 4 if self.nested else 0)
 
-    @property
-    def num_parameters(self) -> int:
-        """How many weights it stands for."""
-        return self.shape[0] * self.shape[1]
+    def to(self, device: torch.device) -> "Nf4Weight":
+        """The same on `device`."""
+        nested = self.nested.to(device) if self.nested else None
+        return Nf4Weight(self.codes.to(device), self.absmax.to(device), self.shape, nested)
 
     def scales(self) -> Tensor:
         """The block scales in fp32, `[⌈out · in / 64⌉]`."""
@@ -96,7 +100,7 @@ def quantize_nf4(weight: Tensor, double_quant: bool = True) -> Nf4Weight:
 
 def dequantize_nf4(weight: Nf4Weight, dtype: torch.dtype) -> Tensor:
     """The weight [out, in] that the codes stand for: fp32 products, rounded once to `dtype`."""
-    count = weight.num_parameters
+    count = weight.shape[0] * weight.shape[1]
     out = torch.empty(count, dtype=dtype, device=weight.codes.device)
     pairs = _value_pairs(weight.codes.device)
     scales = weight.scales()

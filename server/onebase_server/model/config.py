@@ -5,13 +5,12 @@ The families differ only in the fields below; nothing after this module asks for
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from onebase_adapters.adapter import BaseLayout
-
 from onebase_server.errors import ConfigurationError
 
 RopeType = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"]
@@ -80,8 +79,8 @@ class ModelConfig:
     """The checkpoint's dtype, `bfloat16` and the like."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
-    quantization_config: Mapping[str, Any] | None = field(default=None, hash=False)
-    """How the checkpoint was quantised, as `config.json` says it."""
+    is_quantized: bool = False
+    """Whether the checkpoint's linears are already in bitsandbytes' NF4."""
 
     @classmethod
     def from_hf(cls, hf: HfConfig) -> "ModelConfig":
@@ -116,7 +115,7 @@ class ModelConfig:
             dtype=hf.get("dtype") or hf.get("torch_dtype"),
             bos_token_id=hf.get("bos_token_id"),
             eos_token_ids=_token_ids(hf.get("eos_token_id")),
-            quantization_config=hf.get("quantization_config"),
+            is_quantized=_is_nf4(hf),
         )
         config._refuse_odd_shapes()
         return config
@@ -322,6 +321,22 @@ def _rope(reader: _Reader, max_positions: int) -> RopeConfig:
         long_factor=tuple(parameters.get("long_factor") or ()),
         low_freq_factor=rope.number("low_freq_factor", default=1.0),
         high_freq_factor=rope.number("high_freq_factor", default=4.0),
+    )
+
+
+def _is_nf4(hf: HfConfig) -> bool:
+    """Whether the checkpoint is quantised; any way of it but bitsandbytes' NF4 is refused."""
+    found = hf.get("quantization_config") or hf.get("compression_config")
+    if not found:
+        return False
+    method = found.get("quant_method", "bitsandbytes" if "load_in_4bit" in found else "unknown")
+    if method == "bitsandbytes":
+        if found.get("load_in_4bit") and found.get("bnb_4bit_quant_type", "fp4") == "nf4":
+            return True
+        method += " 4-bit " + found.get("bnb_4bit_quant_type", "fp4") if found.get("load_in_4bit") else " 8-bit"
+    raise ConfigurationError(
+        f"config.json: the checkpoint is quantised with {method}, which is not carried. "
+        "Use the unquantised checkpoint, or one quantised to NF4 by bitsandbytes."
     )
 
 

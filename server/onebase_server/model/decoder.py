@@ -3,45 +3,17 @@
 It knows no requests, no scheduler and no files: `weights.py` fills it, `engine/runner.py` drives it.
 """
 
-from dataclasses import dataclass
-
-import onebase_kernels as kernels
 import torch
-from onebase_kernels import AttentionBatch
 from torch import Tensor
 from torch.nn import functional as F
 
+import onebase_kernels as kernels
+from onebase_kernels import AttentionBatch
 from onebase_server.model.config import ModelConfig
+from onebase_server.model.decoder_weights import DecoderWeights, LayerWeights
 from onebase_server.model.kv_cache import KvCache
-from onebase_server.model.linear import LinearGroup, LoraBatch
+from onebase_server.model.linear import LoraBatch
 from onebase_server.model.rope import RotaryTable
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """One layer of the base."""
-
-    input_norm: Tensor
-    qkv: LinearGroup
-    q_norm: Tensor | None
-    """[head_dim]; only families that normalise heads have it and `k_norm`."""
-    k_norm: Tensor | None
-    o: LinearGroup
-    post_attention_norm: Tensor
-    gate_up: LinearGroup
-    down: LinearGroup
-
-
-@dataclass(frozen=True)
-class DecoderWeights:
-    """All of the base."""
-
-    embedding: Tensor
-    """[vocab, hidden]."""
-    layers: tuple[LayerWeights, ...]
-    norm: Tensor
-    head: Tensor
-    """[vocab, hidden]; the embedding itself where the two are tied."""
 
 
 class Decoder:
@@ -62,6 +34,11 @@ class Decoder:
     def device(self) -> torch.device:
         """Where it computes."""
         return self.weights.embedding.device
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights; `weights.report()` says more."""
+        return self.weights.report().total_bytes
 
     @torch.inference_mode()
     def forward(
@@ -104,7 +81,7 @@ class Decoder:
         layer, config = self.weights.layers[index], self.config
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         qkv = layer.qkv(x, lora).view(len(x), heads + 2 * kv_heads, head_dim)
-        q, k, v = torch.split(qkv, (heads, kv_heads, kv_heads), dim=1)
+        q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = kernels.rms_norm(q, layer.q_norm, config.rms_norm_eps)
             k = kernels.rms_norm(k, layer.k_norm, config.rms_norm_eps)

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-import onebase_kernels as kernels
 import torch
-from onebase_kernels import Nf4Weight, Segment
 from torch import Tensor
 from torch.nn import functional as F
+
+import onebase_kernels as kernels
+from onebase_kernels import Nf4Weight, Segment
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Linear:
     def out_features(self) -> int:
         """Columns of the output."""
         return self.weight.shape[0]
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the weight."""
+        return self.weight.shape[0] * self.weight.shape[1]
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x Wᵀ + b`: [T, in] → [T, out]."""

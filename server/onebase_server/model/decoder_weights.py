@@ -1,0 +1,79 @@
+"""The tensors of a decoder, layer by layer, and how much memory they take. It reads no files and computes nothing."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from onebase_server.model.linear import Linear, LinearGroup
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer of the base."""
+
+    input_norm: Tensor
+    qkv: LinearGroup
+    q_norm: Tensor | None
+    """[head_dim]; only families that normalise heads have it and `k_norm`."""
+    k_norm: Tensor | None
+    o: LinearGroup
+    post_attention_norm: Tensor
+    gate_up: LinearGroup
+    down: LinearGroup
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """Bytes by part, and what the linears cost per parameter."""
+
+    linear_parameters: int
+    linear_bytes: int
+    embedding_bytes: int
+    """Embedding and head; once where they are tied."""
+    other_bytes: int
+    """Norms and biases."""
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Of the linears, scales included."""
+        return 8 * self.linear_bytes / self.linear_parameters
+
+    @property
+    def total_bytes(self) -> int:
+        """All parts together."""
+        return self.linear_bytes + self.embedding_bytes + self.other_bytes
+
+
+@dataclass(frozen=True)
+class DecoderWeights:
+    """All of the base."""
+
+    embedding: Tensor
+    """[vocab, hidden]."""
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor
+    head: Tensor
+    """[vocab, hidden]; the embedding itself where the two are tied."""
+
+    @property
+    def linears(self) -> Iterator[Linear]:
+        """The linears of all layers."""
+        for layer in self.layers:
+            for group in (layer.qkv, layer.o, layer.gate_up, layer.down):
+                yield from group.linears
+
+    def report(self) -> WeightReport:
+        """What they take in memory."""
+        norms = [
+            norm
+            for layer in self.layers
+            for norm in (layer.input_norm, layer.post_attention_norm, layer.q_norm, layer.k_norm)
+        ]
+        biases = [linear.bias for linear in self.linears]
+        return WeightReport(
+            linear_parameters=sum(linear.num_parameters for linear in self.linears),
+            linear_bytes=sum(linear.weight.nbytes for linear in self.linears),
+            embedding_bytes=self.embedding.nbytes + (0 if self.head is self.embedding else self.head.nbytes),
+            other_bytes=sum(tensor.nbytes for tensor in (self.norm, *norms, *biases) if tensor is not None),
+        )
