@@ -1,0 +1,92 @@
+"""The canonical form on disk: one safetensors file per adapter, named by its own sha256, never changed once written.
+
+Tensors are `layers.{i}.{projection}.lora_a` and `.lora_b` in the dtype they came in; one metadata entry holds the rest
+as JSON with sorted keys, so that the same adapter always gives the same bytes. It knows nothing of names and versions.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import regex
+from safetensors.numpy import save_file
+
+from .adapter import Adapter, InvalidTensors, LowRankPair, ModuleKey, StoreError
+from .tensor_file import TensorFile, map_tensors
+
+FORMAT_VERSION = 1
+METADATA_KEY = "onebase"
+
+PAIR_NAME = regex.compile(r"layers\.(?P<layer>[0-9]+)\.(?P<projection>\w+)")
+
+
+def write_blob(adapter: Adapter, path: Path) -> str:
+    """Write the canonical form to `path`, through to the disk, and return its sha256 in hexadecimal."""
+    tensors = {}
+    for key, pair in adapter.pairs.items():
+        tensors[f"{key}.lora_a"] = np.ascontiguousarray(pair.lora_a)
+        tensors[f"{key}.lora_b"] = np.ascontiguousarray(pair.lora_b)
+    scales = {str(key): pair.scale for key, pair in adapter.pairs.items()}
+    description = json.dumps({"format_version": FORMAT_VERSION, "scales": scales}, sort_keys=True)
+    save_file(tensors, path, metadata={METADATA_KEY: description})
+    sync(path)
+    return file_digest(path)
+
+
+def read_blob(path: Path) -> Adapter:
+    """Read a blob without copying: its arrays are read-only views of the mapped file.
+
+    The structure is checked here, the digest is not: `AdapterStore.verify` does that.
+
+    Raises:
+        StoreError: there is no such file, or it is not a blob of this format.
+    """
+    try:
+        return Adapter(_pairs(map_tensors(path)))
+    except FileNotFoundError as error:
+        raise StoreError(f"The adapter store has no blob {path.name}.") from error
+    except (InvalidTensors, LookupError, TypeError, ValueError) as error:
+        raise StoreError(
+            f"Blob {path.name} is damaged: {error} Run `onebase adapters verify --repair`, then publish again."
+        ) from error
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a directory's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _pairs(file: TensorFile) -> dict[ModuleKey, LowRankPair]:
+    description = json.loads(file.metadata[METADATA_KEY])
+    if description["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"its format version is {description['format_version']}, not {FORMAT_VERSION}.")
+    scales = description["scales"]
+    if set(file.tensors) != {f"{name}.{side}" for name in scales for side in ("lora_a", "lora_b")} or not scales:
+        raise ValueError("its tensors are not those that its metadata announces.")
+    return {_parse_key(name): _pair(name, file, float(scale)) for name, scale in scales.items()}
+
+
+def _parse_key(name: str) -> ModuleKey:
+    match = PAIR_NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name} is not the name of a linear.")
+    return ModuleKey(int(match["layer"]), match["projection"])
+
+
+def _pair(name: str, file: TensorFile, scale: float) -> LowRankPair:
+    lora_a, lora_b = file.tensors[f"{name}.lora_a"], file.tensors[f"{name}.lora_b"]
+    if lora_a.ndim != 2 or lora_b.ndim != 2 or lora_a.shape[0] != lora_b.shape[1] or lora_a.dtype != lora_b.dtype:
+        raise ValueError(f"the matrices of {name} do not belong together.")
+    return LowRankPair(lora_a, lora_b, scale)

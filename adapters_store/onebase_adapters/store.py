@@ -1,0 +1,267 @@
+"""The adapter store: the one door to publish, resolve, roll back, remove and verify adapters.
+
+    root/
+      catalogue.sqlite3   names, versions, what is live, which base all this is for
+      blobs/              one file per adapter, named by its sha256
+      staging/            what is not finished
+      lock                held while a blob and the catalogue change together
+
+A blob is renamed into place before the transaction that refers to it, and deleted after the one that no longer does; so
+a crash can leave a blob too many, never one too few. Threads share one store; processes may each open the same root.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import regex
+
+from .adapter import AdapterNotFound, BaseLayout, DigestMismatch, InvalidName, StoreError, UploadTooLarge
+from .blob_folder import BlobFolder
+from .blobs import file_digest, write_blob
+from .catalogue import AdapterVersion, Catalogue
+from .locks import exclusive
+from .peft_config import CONFIG_FILE
+from .peft_format import WEIGHTS_FILE, check_directory, parse
+from .staging import Staging
+
+NAME = regex.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+DEFAULT_MAX_RANK = 256
+DEFAULT_MAX_UPLOAD_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class DamagedVersion:
+    """A version whose blob is not what the catalogue says."""
+
+    version: AdapterVersion
+    problem: Literal["missing", "changed"]
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `AdapterStore.verify` found, and what became of it."""
+
+    versions_checked: int
+    damaged: tuple[DamagedVersion, ...]
+    orphaned_blobs: tuple[str, ...]
+    """Files among the blobs that no version refers to and nobody is using."""
+    left_overs: tuple[str, ...]
+    """What killed processes left in staging."""
+    repaired: bool
+    now_live: dict[str, int | None] = field(default_factory=dict)
+    """After a repair: the names whose live version was damaged, with the version live now; None if none was whole."""
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether nothing was found."""
+        return not (self.damaged or self.orphaned_blobs or self.left_overs)
+
+
+class AdapterStore:
+    """All adapters of one base; use `AdapterStore.open`."""
+
+    def __init__(self, root: Path, catalogue: Catalogue, *, max_rank: int, max_upload_bytes: int) -> None:
+        self.root = root
+        self.max_rank = max_rank
+        self.max_upload_bytes = max_upload_bytes
+        self.layout = catalogue.layout
+        self.base_name = catalogue.base_name
+        self._catalogue = catalogue
+        self._lock = root / "lock"
+        self._blobs = BlobFolder(root / "blobs")
+        self._staging = Staging(root / "staging", self._lock)
+
+    @classmethod
+    def open(
+        cls,
+        root: Path,
+        layout: BaseLayout | None = None,
+        *,
+        base_name: str | None = None,
+        max_rank: int = DEFAULT_MAX_RANK,
+        max_upload_bytes: int = DEFAULT_MAX_UPLOAD_BYTES,
+    ) -> "AdapterStore":
+        """Open the store at `root`; given a base's layout and name, create it if it is not there.
+
+        Raises:
+            StoreError: it is damaged or for another base, or it is not there and no base was given.
+        """
+        root = root.absolute()
+        catalogue_path = root / "catalogue.sqlite3"
+        if not catalogue_path.exists() and (layout is None or base_name is None):
+            raise StoreError(f"{root} is not an adapter store, and no base was given to create one for.")
+        for folder in ("blobs", "staging"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        (root / "lock").touch()
+        with exclusive(root / "lock"):
+            catalogue = Catalogue.open(catalogue_path, layout, base_name)
+        return cls(root, catalogue, max_rank=max_rank, max_upload_bytes=max_upload_bytes)
+
+    def close(self) -> None:
+        """Close the catalogue's connections."""
+        self._catalogue.close()
+
+    def staging(self) -> AbstractContextManager[Path]:
+        """A temporary directory inside the store, removed whatever happens; for an upload until it is published."""
+        return self._staging.open()
+
+    def publish(
+        self,
+        name: str,
+        source: Path,
+        *,
+        expected_sha256: str | None = None,
+        source_sha256: str | None = None,
+    ) -> AdapterVersion:
+        """Check a PEFT directory against the base and make it the next version of `name`, live at once.
+
+        Args:
+            name: 1 to 128 letters, digits, dots, underscores and hyphens, the first a letter or digit.
+            source: The directory; one that is not in `staging()` is copied first, for a trainer may be rewriting it.
+            expected_sha256: What the sender announced.
+            source_sha256: The sha256 of what arrived; by default that of `adapter_model.safetensors`.
+
+        Raises:
+            InvalidUpload: one of its kinds; nothing has changed and nothing is left behind.
+        """
+        if not NAME.fullmatch(name):
+            raise InvalidName(
+                f"{name!r} cannot name an adapter: a name has 1 to 128 letters, digits, '.', '_' and '-', "
+                "the first of them a letter or a digit."
+            )
+        with self.staging() as workspace:
+            directory = self._take_in(source, workspace)
+            source_sha256 = source_sha256 or file_digest(directory / WEIGHTS_FILE)
+            if expected_sha256 is not None and expected_sha256.lower() != source_sha256:
+                raise DigestMismatch(f"What arrived has sha256 {source_sha256}, but {expected_sha256} was announced.")
+            adapter = parse(directory, self.layout, max_rank=self.max_rank)
+            blob = workspace / "blob"
+            digest = write_blob(adapter, blob)
+            with exclusive(self._lock):
+                self._blobs.place(blob, digest)
+                return self._catalogue.add(name, adapter, digest, source_sha256)
+
+    def resolve(self, name: str, version: int | None = None) -> AdapterVersion:
+        """The live version of a name, or the one asked for.
+
+        Raises:
+            AdapterNotFound, VersionNotFound: there is none.
+        """
+        return self._catalogue.resolve(name, version)
+
+    def list_adapters(self) -> list[AdapterVersion]:
+        """The live version of every adapter, by name."""
+        return self._catalogue.live_versions()
+
+    def versions(self, name: str) -> list[AdapterVersion]:
+        """All versions of a name, oldest first.
+
+        Raises:
+            AdapterNotFound: there is no such name.
+        """
+        versions = self._catalogue.versions(name)
+        if not versions:
+            raise AdapterNotFound(f"There is no adapter {name}.")
+        return versions
+
+    def rollback(self, name: str, version: int | None = None) -> AdapterVersion:
+        """Make an older (or any other) version live; by default the highest one below the live one.
+
+        Raises:
+            AdapterNotFound, VersionNotFound: there is none.
+        """
+        return self._catalogue.rollback(name, version)
+
+    def remove(self, name: str) -> list[AdapterVersion]:
+        """Remove a name with all its versions, which are returned; blobs go once nobody leases or refers to them.
+
+        Raises:
+            AdapterNotFound: there is no such name.
+        """
+        with exclusive(self._lock):
+            removed = self._catalogue.remove(name)
+            for digest in {version.digest for version in removed} - self._catalogue.digests():
+                self._blobs.discard(digest)
+            return removed
+
+    def blob_path(self, digest: str) -> Path:
+        """Where the blob of this digest lies."""
+        return self._blobs.path(digest)
+
+    @contextmanager
+    def lease(self, digest: str) -> Iterator[Path]:
+        """Keep a blob on disk although its adapter may be removed meanwhile, by whatever process.
+
+        Raises:
+            AdapterNotFound: the blob is no longer there.
+        """
+        try:
+            with self._blobs.lease(digest) as path:
+                yield path
+        finally:
+            # a remove during the lease could not delete the blob, so the last lease does
+            if not self._blobs.is_leased_here(digest) and not self._catalogue.refers_to(digest):
+                with exclusive(self._lock):
+                    if not self._catalogue.refers_to(digest):
+                        self._blobs.discard(digest)
+
+    def verify(self, repair: bool = False) -> VerifyReport:
+        """Hold every blob against the catalogue, and look for what killed processes left behind.
+
+        With `repair`, orphaned blobs and left-overs are deleted and versions without their whole blob are dropped;
+        where such a version was live, the newest whole one becomes live.
+        """
+        versions = self._catalogue.all_versions()
+        suspects = {digest for digest in {version.digest for version in versions} if self._problem(digest)}
+        with exclusive(self._lock):
+            # looked at once more, for a publish or a remove may have come between
+            problems = {digest: problem for digest in suspects if (problem := self._problem(digest))}
+            damaged = tuple(
+                DamagedVersion(version, problems[version.digest])
+                for version in self._catalogue.all_versions()
+                if version.digest in problems
+            )
+            now_live = self._catalogue.drop_blobs(problems) if repair and damaged else {}
+            orphans = self._blobs.unused(self._catalogue.digests())
+            left_overs = self._staging.left_overs()
+            if repair:
+                for path in orphans + left_overs:
+                    _delete(path)
+        return VerifyReport(
+            versions_checked=len(versions),
+            damaged=damaged,
+            orphaned_blobs=tuple(path.name for path in orphans),
+            left_overs=tuple(path.name for path in left_overs),
+            repaired=repair,
+            now_live=now_live,
+        )
+
+    def _problem(self, digest: str) -> Literal["missing", "changed"] | None:
+        try:
+            return None if file_digest(self.blob_path(digest)) == digest else "changed"
+        except FileNotFoundError:
+            return "missing"
+
+    def _take_in(self, source: Path, workspace: Path) -> Path:
+        """The directory to read: the source itself if it is in staging, else a copy that nobody else can change."""
+        check_directory(source)
+        size = sum((source / name).stat().st_size for name in (CONFIG_FILE, WEIGHTS_FILE))
+        if size > self.max_upload_bytes:
+            raise UploadTooLarge(f"The adapter has {size} bytes; this server allows at most {self.max_upload_bytes}.")
+        if source.absolute().is_relative_to(self._staging.directory):
+            return source
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            shutil.copyfile(source / name, workspace / name)
+        return workspace
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
