@@ -61,7 +61,7 @@ class ChatTemplate:
 class _GenerationBlock(Extension):
     """`{% generation %}…{% endgeneration %}`, which marks the assistant's words for training; here it marks nothing."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 - Jinja declares it as an instance's set
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         """Put the block's body in its place."""

