@@ -37,6 +37,7 @@ NF4_VALUES = (
 
 _TINY = 1e-38  # what a block of zeros is divided by
 _CHUNK = 1 << 21  # weights worked on at a time; a multiple of the block size
+_GRID = 65535  # steps of the grid that scales are rounded to on their way to 8 bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,12 +139,20 @@ def _quantize_scales(absmax: Tensor) -> tuple[Tensor, NestedScales]:
     centred = absmax - offset
     nested_absmax = torch.stack([block.abs().amax() for block in torch.split(centred, NESTED_BLOCK_SIZE)])
     normed = centred / nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: centred.numel()]
-    quant_map = dynamic_map(absmax.device)
-    upper = torch.searchsorted(quant_map, normed, out_int32=True).clamp(1, quant_map.numel() - 1)
-    lower = upper - 1
-    nearer_upper = (quant_map[upper] - normed).abs() < (normed - quant_map[lower]).abs()
-    codes = torch.where(nearer_upper, upper, lower).to(torch.uint8)
-    return codes, NestedScales(nested_absmax, offset, quant_map)
+    normed = normed.nan_to_num(-1.0)  # 0 / 0 where all scales are alike: the code does not matter, bitsandbytes has 0
+    codes = _nearest_on_grid(absmax.device)[((normed + 1) * 0.5 * _GRID + 0.5).int()]
+    return codes, NestedScales(nested_absmax, offset, dynamic_map(absmax.device))
+
+
+@cache
+def _nearest_on_grid(device: torch.device) -> Tensor:
+    """uint8 [65536]: the code nearest to each point of an even grid over [-1, 1].
+
+    bitsandbytes rounds to this grid first, on the CPU, and so near the midpoint of two codes not to the nearer one.
+    """
+    quant_map = dynamic_map(device)
+    grid = torch.arange(_GRID + 1, device=device) * (2.0 / _GRID) - 1.0
+    return torch.bucketize(grid, (quant_map[:-1] + quant_map[1:]) / 2).to(torch.uint8)
 
 
 @cache
