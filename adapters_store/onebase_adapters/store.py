@@ -11,7 +11,7 @@ a crash can leave a blob too many, never one too few. Threads share one store; p
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Literal
 
 import regex
 
-from .adapter import AdapterNotFound, BaseLayout, DigestMismatch, InvalidName, StoreError, UploadTooLarge
+from .adapter import Adapter, AdapterNotFound, BaseLayout, DigestMismatch, InvalidName, StoreError, UploadTooLarge
 from .blob_folder import BlobFolder
 from .blobs import file_digest, write_blob
 from .catalogue import AdapterVersion, Catalogue
@@ -117,6 +117,7 @@ class AdapterStore:
         *,
         expected_sha256: str | None = None,
         source_sha256: str | None = None,
+        accept: Callable[[Adapter], None] | None = None,
     ) -> AdapterVersion:
         """Check a PEFT directory against the base and make it the next version of `name`, live at once.
 
@@ -125,6 +126,7 @@ class AdapterStore:
             source: The directory; one that is not in `staging()` is copied first, for a trainer may be rewriting it.
             expected_sha256: What the sender announced.
             source_sha256: The sha256 of what arrived; by default that of `adapter_model.safetensors`.
+            accept: Called with the adapter before anything is kept; what it raises refuses the adapter.
 
         Raises:
             InvalidUpload: one of its kinds; nothing has changed and nothing is left behind.
@@ -140,6 +142,8 @@ class AdapterStore:
             if expected_sha256 is not None and expected_sha256.lower() != source_sha256:
                 raise DigestMismatch(f"What arrived has sha256 {source_sha256}, but {expected_sha256} was announced.")
             adapter = parse(directory, self.layout, max_rank=self.max_rank)
+            if accept is not None:
+                accept(adapter)
             blob = workspace / "blob"
             digest = write_blob(adapter, blob)
             with exclusive(self._lock):

@@ -41,7 +41,7 @@ def _matches(credentials: HTTPAuthorizationCredentials | None, *keys: SecretStr 
     if credentials is None:
         return False
     sent = credentials.credentials.encode()
-    return any([hmac.compare_digest(sent, key.get_secret_value().encode()) for key in keys if key is not None])
+    return any(hmac.compare_digest(sent, key.get_secret_value().encode()) for key in keys if key is not None)
 
 
 def _not_authenticated(credentials: HTTPAuthorizationCredentials | None) -> NotAuthenticated:

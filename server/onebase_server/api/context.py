@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from typing import Annotated, cast
 
 from fastapi import Depends
-from onebase_adapters.store import AdapterStore
 from starlette.requests import HTTPConnection
 
-from onebase_server.api.generation import Generator
+from onebase_adapters.store import AdapterStore
+from onebase_server.api.admission import Admission
 from onebase_server.engine.client import EngineClient
+from onebase_server.engine.request import Ready
+from onebase_server.errors import EngineUnavailable
 from onebase_server.metrics import Metrics
 from onebase_server.model.tokenizer import Tokenizer
 from onebase_server.settings import Settings
@@ -16,19 +18,27 @@ from onebase_server.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """The server's collaborators; the tests make theirs, `onebase serve` its own."""
+    """The server's collaborators, alive for as long as the app is."""
 
     settings: Settings
     engine: EngineClient
     store: AdapterStore
     tokenizer: Tokenizer
     metrics: Metrics
-    generator: Generator
+    admission: Admission
+
+    @property
+    def engine_info(self) -> Ready:
+        """What the engine said of itself; raises EngineUnavailable while it is not ready."""
+        info = self.engine.info
+        if info is None:
+            raise EngineUnavailable("The engine is starting; try again in a moment.")
+        return info
 
 
 def get_context(connection: HTTPConnection) -> Context:
     """The context of the app that a request came to."""
-    return cast(Context, connection.app.state.context)
+    return cast("Context", connection.app.state.context)
 
 
 ContextDependency = Annotated[Context, Depends(get_context)]

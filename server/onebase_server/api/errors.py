@@ -6,21 +6,22 @@ package builds an error response.
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from onebase_adapters.adapter import AdapterError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from onebase_adapters.adapter import AdapterError
 from onebase_server.errors import BadRequest, EngineUnavailable, NotAuthenticated, OnebaseError, Overloaded
 
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 1
+Outcome = Literal["completed", "aborted", "refused", "unavailable", "failed"]
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 
@@ -61,8 +62,18 @@ def status_of(exc: Exception) -> int:
             return exc.status
         case HTTPException():
             return exc.status_code
+        case RequestValidationError():
+            return BadRequest.status
         case _:
             return OnebaseError.status
+
+
+def outcome_of(exc: Exception) -> Outcome:
+    """How a generation request ended that an exception ended, for the metrics."""
+    status = status_of(exc)
+    if status < 500:
+        return "refused"
+    return "unavailable" if status == EngineUnavailable.status else "failed"
 
 
 def error_response(exc: Exception) -> Response:

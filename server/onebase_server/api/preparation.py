@@ -1,0 +1,123 @@
+"""From a request's fields to a `Generation`: the model resolved and held, prompts checked against it, a place taken."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import anyio.to_thread
+
+from onebase_server.api.context import Context
+from onebase_server.api.generation import Generation, Job, Prompt
+from onebase_server.api.models import select_model
+from onebase_server.api.schemas import GenerationRequest
+from onebase_server.engine.request import Ready, SamplingParams
+from onebase_server.errors import BadRequest, ContextTooLong
+from onebase_server.model.tokenizer import Tokenizer
+
+LONG_TEXT = 8192
+"""Characters from which tokenising is worth a thread, so that other streams do not wait for it."""
+
+
+async def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Token ids of `text`."""
+    if len(text) < LONG_TEXT:
+        return tokenizer.encode(text, add_special_tokens)
+    return await anyio.to_thread.run_sync(tokenizer.encode, text, add_special_tokens)
+
+
+def prepare(
+    context: Context,
+    request: GenerationRequest,
+    request_id: str,
+    prompts: Sequence[Sequence[int]],
+    *,
+    param: str,
+    max_tokens: int | None,
+    default_max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+    prompt_only: bool = False,
+) -> Generation:
+    """Make a request's job; whoever gets it has to enter it, for it holds a lease and places in the queue.
+
+    Args:
+        param: The field that the prompts came in, for error messages.
+        max_tokens: What was asked for; None takes `default_max_tokens`, but never more than the context leaves.
+        default_max_tokens: None is all that the context leaves.
+
+    Raises:
+        BadRequest, ContextTooLong, ModelNotFound, Overloaded, EngineUnavailable.
+    """
+    info = context.engine_info
+    if any(token_id >= info.vocab_size for token_id in request.stop_token_ids):
+        raise BadRequest(f"stop_token_ids must be below {info.vocab_size}, the vocabulary.", param="stop_token_ids")
+    with ExitStack() as holds:
+        selection = select_model(request.model, context.settings.served_name, context.store, holds)
+        checked = []
+        for token_ids in prompts:
+            _check_token_ids(token_ids, info, param)
+            fitted = _fit_max_tokens(len(token_ids), max_tokens, default_max_tokens, info, param)
+            eos_token_ids = context.tokenizer.eos_token_ids
+            checked.append(Prompt(token_ids, _sampling(request, eos_token_ids, fitted, logprobs, prompt_logprobs)))
+        holds.enter_context(context.admission.admit(len(checked) * request.n))
+        job = Job(
+            request_id=request_id,
+            selection=selection,
+            prompts=checked,
+            num_choices=request.n,
+            stop=request.stop,
+            include_stop=request.include_stop_str_in_output,
+            prompt_only=prompt_only,
+        )
+        return Generation(job, context.engine, context.tokenizer, context.metrics, holds.pop_all())
+
+
+def _check_token_ids(token_ids: Sequence[int], info: Ready, param: str) -> None:
+    if not token_ids:
+        raise BadRequest("The prompt is empty; it needs at least one token.", param=param)
+    if min(token_ids) < 0 or max(token_ids) >= info.vocab_size:
+        raise BadRequest(
+            f"Token ids must be from 0 to {info.vocab_size - 1}, the vocabulary of this model.", param=param
+        )
+
+
+def _fit_max_tokens(length: int, wanted: int | None, default: int | None, info: Ready, param: str) -> int:
+    """How many tokens to generate at most after a prompt of `length` tokens; raises ContextTooLong."""
+    left = info.max_model_len - length
+    if left < 1:
+        raise ContextTooLong(
+            f"The prompt has {length} tokens; this model's context of {info.max_model_len} tokens holds the prompt and "
+            "at least one generated token. Shorten the prompt.",
+            param=param,
+        )
+    if wanted is None:
+        return left if default is None else min(default, left)
+    if wanted > left:
+        raise ContextTooLong(
+            f"The prompt has {length} tokens and {wanted} more were asked for, but this model's context holds "
+            f"{info.max_model_len} together. Shorten the prompt, or ask for at most {left}.",
+            param=param,
+        )
+    return max(1, wanted)
+
+
+def _sampling(
+    request: GenerationRequest,
+    eos_token_ids: Sequence[int],
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=request.temperature,
+        top_k=max(0, request.top_k),  # vLLM's clients turn it off with -1
+        top_p=request.top_p,
+        min_p=request.min_p,
+        repetition_penalty=request.repetition_penalty,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        seed=request.seed,
+        stop_token_ids=(*request.stop_token_ids, *(() if request.ignore_eos else eos_token_ids)),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
