@@ -6,8 +6,10 @@ import typer
 from typer.core import TyperGroup
 
 from onebase_adapters.adapter import AdapterError
+from onebase_server.commands import adapters
 from onebase_server.commands.demo import demo
 from onebase_server.commands.import_gguf import import_gguf
+from onebase_server.commands.tune import tune
 from onebase_server.errors import OnebaseError
 
 
@@ -29,5 +31,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
+app.add_typer(adapters.app, name="adapters")
 app.command()(demo)
 app.command("import-gguf")(import_gguf)
+app.command()(tune)
