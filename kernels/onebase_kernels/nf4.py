@@ -138,8 +138,8 @@ def _quantize_scales(absmax: Tensor) -> tuple[Tensor, NestedScales]:
     offset = absmax.mean()
     centred = absmax - offset
     nested_absmax = torch.stack([block.abs().amax() for block in torch.split(centred, NESTED_BLOCK_SIZE)])
-    normed = centred / nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: centred.numel()]
-    normed = normed.nan_to_num(-1.0)  # 0 / 0 where all scales are alike: the code does not matter, bitsandbytes has 0
+    normed = centred * (1.0 / nested_absmax).repeat_interleave(NESTED_BLOCK_SIZE)[: centred.numel()]
+    normed = normed.nan_to_num(-1.0)  # 0 · ∞ where all scales are alike: the code does not matter, bitsandbytes has 0
     codes = _nearest_on_grid(absmax.device)[((normed + 1) * 0.5 * _GRID + 0.5).int()]
     return codes, NestedScales(nested_absmax, offset, dynamic_map(absmax.device))
 

@@ -1,0 +1,131 @@
+"""Our decoder's logits against Transformers', family by family, however prefill is cut."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes import functional as bnb
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from onebase_server.model.weights import load_decoder
+from onebase_server.settings import EngineSettings
+
+TOKENS = torch.randint(0, 97, (41,), generator=torch.Generator().manual_seed(0)).tolist()
+CHUNKINGS = {
+    "whole": [41],
+    "chunked": [7, 16, 1, 17],
+    "token by token": [1] * 41,
+    "prefill, then decode": [30] + [1] * 11,
+}
+    "whole": [41],
+    "chunked": [7, 16, 1, 17],
+    "token by token": [1] * 41,
+    "prefill, then decode": [30] + [1] * 11,
+}
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [2.0 + 0.5 * i for i in range(8)],
+    "original_max_position_embeddings": 16,
+}
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama, tied head": ("llama", {"tie_word_embeddings": True}),
+    "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama, one kv head": ("llama", {"num_key_value_heads": 1}),
+    "llama, linear rope": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
+    "llama, llama3 rope": ("llama", {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}}),
+    "llama, yarn rope": ("llama", {"rope_parameters": YARN | {"rope_theta": 1e4}}),
+    "llama, longrope": ("llama", {"rope_parameters": LONGROPE | {"rope_theta": 1e4}}),
+    "mistral, window shorter than the prompt": ("mistral", {"sliding_window": 9}),
+    "mistral, no window": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {}),
+    "qwen2, windows in the last layers": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", {}),
+    "qwen3, heads wider than the hidden size, biases, tied": (
+        "qwen3",
+        {"head_dim": 32, "attention_bias": True, "tie_word_embeddings": True},
+    ),
+}
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def transformers_logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([TOKENS])).logits[0]
+
+
+def round_linears_to_nf4(model: PreTrainedModel) -> None:
+    """Give the model the weights that bitsandbytes would compute with."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            codes, state = bnb.quantize_4bit(module.weight.data, quant_type="nf4", compress_statistics=True)
+            module.weight.data = bnb.dequantize_4bit(codes, state)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_are_those_of_transformers(
+    variant: str,
+    quantization: str,
+    make_model: Callable[..., PreTrainedModel],
+    engine_settings: Callable[..., EngineSettings],
+    logits_of: Callable[..., Tensor],
+    tmp_path: Path,
+) -> None:
+    model_type, options = VARIANTS[variant]
+    model = make_model(model_type, **options)
+    if quantization == "nf4":
+        round_linears_to_nf4(model)
+    expected = transformers_logits(model)
+    decoder = load_decoder(tmp_path / "model", engine_settings(quantization=quantization))
+    for name, chunks in CHUNKINGS.items():
+        assert relative_error(logits_of(decoder, TOKENS, chunks), expected) < 1e-4, name
+
+
+def test_dynamic_rope_is_fixed_by_the_served_context(
+    make_model: Callable[..., PreTrainedModel],
+    engine_settings: Callable[..., EngineSettings],
+    logits_of: Callable[..., Tensor],
+    tmp_path: Path,
+) -> None:
+    """Transformers stretches with each sequence's length; serving 41 tokens makes that length ours."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    model = make_model("llama", rope_parameters=rope, max_position_embeddings=16)
+    decoder = load_decoder(tmp_path / "model", engine_settings(quantization="none", max_model_len=len(TOKENS)))
+    expected = transformers_logits(model)
+    for chunks in CHUNKINGS.values():
+        assert relative_error(logits_of(decoder, TOKENS, chunks), expected) < 1e-4
+
+
+def test_bfloat16_stays_near_float32(
+    make_model: Callable[..., PreTrainedModel],
+    engine_settings: Callable[..., EngineSettings],
+    logits_of: Callable[..., Tensor],
+    tmp_path: Path,
+) -> None:
+    model = make_model("llama", initializer_range=0.05)
+    round_linears_to_nf4(model)
+    decoder = load_decoder(tmp_path / "model", engine_settings(dtype="bfloat16"))
+    logits = logits_of(decoder, TOKENS, CHUNKINGS["chunked"])
+    assert logits.dtype == torch.float32
+    assert relative_error(logits, transformers_logits(model)) < 2e-2
