@@ -1,0 +1,205 @@
+"""Everything that is wrong with an upload is said precisely, and leaves nothing behind."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onebase_adapters.adapter import (
+    DigestMismatch,
+    InvalidConfig,
+    InvalidName,
+    InvalidTensors,
+    InvalidUpload,
+    RankTooLarge,
+    UnsupportedAdapter,
+    UploadTooLarge,
+)
+
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+class Upload:
+    """What is sent; each case below spoils one thing of it."""
+
+    def __init__(self, tensors: dict, tmp_path: Path) -> None:
+        self.tensors = tensors
+        self.directory = tmp_path / "peft"
+        self.config = {}
+        self.name = "pirate"
+        self.after_writing = lambda: None
+        self.expected_sha256 = None
+
+    @property
+    def weights(self) -> Path:
+        return self.directory / "adapter_model.safetensors"
+
+    def set(self, **config) -> None:
+        self.config.update(config)
+
+    def rename(self, old: str, new: str) -> None:
+        self.tensors = {name.replace(old, new): tensor for name, tensor in self.tensors.items()}
+
+    def replace(self, side: str, tensor: np.ndarray) -> None:
+        self.tensors[f"{Q0}.lora_{side}.weight"] = tensor
+
+    def write_config(self, text: str | bytes) -> None:
+        data = text if isinstance(text, bytes) else text.encode()
+        self.after_writing = lambda: (self.directory / "adapter_config.json").write_bytes(data)
+
+    def then(self, action) -> None:
+        self.after_writing = action
+
+
+def _only_pickle(upload: Upload) -> None:
+    upload.then(lambda: upload.weights.rename(upload.directory / "adapter_model.bin"))
+
+
+def _truncate(upload: Upload) -> None:
+    upload.then(lambda: upload.weights.write_bytes(upload.weights.read_bytes()[:-1]))
+
+
+def _not_a_number(upload: Upload) -> None:
+    upload.tensors[f"{Q0}.lora_B.weight"][3, 1] = np.nan
+
+
+def _infinite_half(upload: Upload) -> None:
+    upload.tensors = {name: tensor.astype(np.float16) for name, tensor in upload.tensors.items()}
+    upload.tensors[f"{Q0}.lora_A.weight"][0, 0] = np.inf
+
+
+def _one_half(upload: Upload) -> None:
+    upload.replace("A", np.ones((4, 32), np.float16))
+
+
+def _too_large(upload: Upload) -> None:
+    upload.then(lambda: upload.weights.open("ab").truncate(2 << 30))  # sparse: takes no room
+
+
+CASES = {
+    # names and digests
+    "empty name": (lambda u: setattr(u, "name", ""), InvalidName, "cannot name an adapter"),
+    "name with a path": (lambda u: setattr(u, "name", "../pirate"), InvalidName, r"\.\./pirate"),
+    "name with a line end": (lambda u: setattr(u, "name", "pirate\n"), InvalidName, r"pirate\\n"),
+    "name too long": (lambda u: setattr(u, "name", "a" * 129), InvalidName, "128"),
+    "announced digest": (lambda u: setattr(u, "expected_sha256", "0" * 64), DigestMismatch, "0000 was announced"),
+    "too many bytes": (_too_large, UploadTooLarge, "at most 1073741824"),
+    # files
+    "no config": (
+        lambda u: u.then(lambda: (u.directory / "adapter_config.json").unlink()),
+        InvalidConfig,
+        "no adapter_config.json",
+    ),
+    "no weights": (lambda u: u.then(u.weights.unlink), InvalidTensors, "no adapter_model.safetensors"),
+    "pickle": (_only_pickle, InvalidTensors, "adapter_model.bin may hold a pickle.*safe_serialization=True"),
+    "no directory": (lambda u: setattr(u, "directory", u.directory / "nowhere"), InvalidConfig, "not a directory"),
+    # adapter_config.json
+    "not JSON": (lambda u: u.write_config("{"), InvalidConfig, "not valid JSON"),
+    "not UTF-8": (lambda u: u.write_config(b'{"\xff": 1}'), InvalidConfig, "not valid JSON"),
+    "not an object": (lambda u: u.write_config("[]"), InvalidConfig, "JSON object, not a list"),
+    "config too large": (lambda u: u.write_config(" " * 300_000), InvalidConfig, "larger than 262144"),
+    "no type": (lambda u: u.set(peft_type=None), InvalidConfig, "peft_type"),
+    "other type": (lambda u: u.set(peft_type="LOHA"), UnsupportedAdapter, "'LOHA'"),
+    "no rank": (lambda u: u.set(r=None), InvalidConfig, "r should be a positive integer, not None"),
+    "rank 0": (lambda u: u.set(r=0), InvalidConfig, "r should be a positive integer, not 0"),
+    "rank as text": (lambda u: u.set(r="4"), InvalidConfig, "not '4'"),
+    "rank true": (lambda u: u.set(r=True), InvalidConfig, "not True"),
+    "no alpha": (lambda u: u.set(lora_alpha=None), InvalidConfig, "lora_alpha"),
+    "alpha NaN": (lambda u: u.set(lora_alpha=float("nan")), InvalidConfig, "lora_alpha should be a finite number"),
+    "alpha endless": (lambda u: u.set(lora_alpha=10**400), InvalidConfig, "lora_alpha should be a finite number"),
+    "rslora as text": (lambda u: u.set(use_rslora="yes"), InvalidConfig, "use_rslora"),
+    "pattern not a map": (lambda u: u.set(rank_pattern=["q_proj"]), InvalidConfig, "rank_pattern"),
+    "pattern's rank": (lambda u: u.set(rank_pattern={"q_proj": -1}), InvalidConfig, r"rank_pattern\['q_proj'\]"),
+    "pattern's alpha": (lambda u: u.set(alpha_pattern={"q_proj": None}), InvalidConfig, r"alpha_pattern\['q_proj'\]"),
+    "pattern's syntax": (lambda u: u.set(alpha_pattern={"(q_proj": 1}), InvalidConfig, "invalid pattern"),
+    "targets' syntax": (lambda u: u.set(target_modules="*_proj"), InvalidConfig, "invalid pattern"),
+    "targets a number": (lambda u: u.set(target_modules=3), InvalidConfig, "target_modules"),
+    **{
+        f"option {option}": ((lambda o, v: lambda u: u.set(**{o: v}))(option, value), UnsupportedAdapter, option)
+        for option, value in {
+            "use_dora": True,
+            "use_qalora": True,
+            "lora_bias": True,
+            "bias": "all",
+            "fan_in_fan_out": True,
+            "modules_to_save": ["lm_head"],
+            "trainable_token_indices": [1],
+            "layer_replication": [[0, 2], [1, 3]],
+            "alora_invocation_tokens": [7],
+            "target_parameters": ["experts.up"],
+            "use_bdlora": {"nblocks": 2},
+            "arrow_config": {"top_k": 3},
+            "kasa_config": {"beta": 1.0},
+            "monteclora_config": {"samples": 8},
+            "init_lora_weights": "pissa_niter_4",
+            "an_option_of_tomorrow": 0,
+        }.items()
+    },
+    # tensors
+    "not safetensors": (lambda u: u.then(lambda: u.weights.write_bytes(b"PK\3\4" * 9)), InvalidTensors, "not a safe"),
+    "empty file": (lambda u: u.then(lambda: u.weights.write_bytes(b"")), InvalidTensors, "truncated"),
+    "truncated": (_truncate, InvalidTensors, "truncated"),
+    "no tensor": (lambda u: setattr(u, "tensors", {}), InvalidTensors, "holds no tensor"),
+    "nothing matches": (lambda u: u.rename("layers", "blocks"), InvalidTensors, r"blocks\.0.*no linear of this base"),
+    "unknown module": (lambda u: u.rename("v_proj", "w_proj"), InvalidTensors, r"self_attn\.w_proj.*no linear"),
+    "head": (lambda u: u.tensors.update({"base_model.model.lm_head.weight": np.ones(2)}), InvalidTensors, "float"),
+    "embedding": (
+        lambda u: u.tensors.update({"base_model.model.model.embed_tokens.lora_embedding_A": np.ones((4, 9), "f4")}),
+        InvalidTensors,
+        "embed_tokens",
+    ),
+    "vision tower": (lambda u: u.rename("model.layers", "vision_tower.layers"), InvalidTensors, "vision_tower"),
+    "wrong block": (lambda u: u.rename("self_attn.q_proj", "mlp.q_proj"), InvalidTensors, r"mlp\.q_proj.*no linear"),
+    "layer too high": (lambda u: u.rename("layers.2", "layers.3"), InvalidTensors, r"layers\.3.*layers 0 to 2"),
+    "not targeted": (lambda u: u.set(target_modules=["q_proj"]), InvalidTensors, "target_modules does not name it"),
+    "A without B": (lambda u: u.tensors.pop(f"{Q0}.lora_B.weight"), InvalidTensors, f"no lora_B for {Q0[17:]}"),
+    "two adapters": (
+        lambda u: u.tensors.update({f"{Q0}.lora_A.other.weight": np.ones((4, 32), "f4")}),
+        InvalidTensors,
+        "for the same matrix",
+    ),
+    "other base": (
+        lambda u: u.replace("A", np.ones((4, 64), "f4")),
+        InvalidTensors,
+        r"q_proj\.lora_A\.weight has shape \[4, 64\].*\[4, 32\]",
+    ),
+    "other rank": (lambda u: u.set(r=8), InvalidTensors, r"has shape \[4, 32\].*\[8, 32\]"),
+    "rank over the limit": (lambda u: u.set(r=65), RankTooLarge, "rank 65, but this server allows at most 64"),
+    "rank beyond reason": (lambda u: u.set(r=10**400), RankTooLarge, "at most 64"),
+    "NaN": (_not_a_number, InvalidTensors, r"q_proj\.lora_B\.weight holds NaN"),
+    "infinity": (_infinite_half, InvalidTensors, r"q_proj\.lora_A\.weight holds NaN or inf"),
+    "integers": (lambda u: u.replace("A", np.ones((4, 32), np.int8)), InvalidTensors, "is I8"),
+    "two dtypes": (_one_half, InvalidTensors, "lora_A in float16 but lora_B in float32"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_refusal_names_what_is_wrong_and_changes_nothing(case, store, write_peft, tensors, tmp_path):
+    spoil, error, message = CASES[case]
+    store.publish("pirate", write_peft(name="good"))
+    before = store.list_adapters(), sorted(store.root.rglob("blobs/*"))
+
+    upload = Upload(tensors, tmp_path)
+    write_peft(name="peft")
+    spoil(upload)
+    write_peft(upload.tensors, **upload.config)
+    upload.after_writing()
+    with pytest.raises(error, match=message) as caught:
+        store.publish(upload.name, upload.directory, expected_sha256=upload.expected_sha256)
+
+    assert isinstance(caught.value, InvalidUpload)
+    assert str(caught.value).endswith(".")
+    assert (store.list_adapters(), sorted(store.root.rglob("blobs/*"))) == before
+    assert not list((store.root / "staging").iterdir())
+    assert store.verify().is_clean
+
+
+def test_every_option_that_peft_writes_is_either_carried_or_refused_on_purpose(tmp_path):
+    """A default configuration passes, whatever version of PEFT is installed."""
+    peft = pytest.importorskip("peft")
+    from onebase_adapters.peft_config import read_config
+
+    peft.LoraConfig(r=4, target_modules=["q_proj"]).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    assert read_config(path).r == 4
+    assert "use_dora" in json.loads(path.read_text())
