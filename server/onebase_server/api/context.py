@@ -8,6 +8,7 @@ from starlette.requests import HTTPConnection
 
 from onebase_adapters.store import AdapterStore
 from onebase_server.api.admission import Admission
+from onebase_server.api.publishing import Publisher
 from onebase_server.engine.client import EngineClient
 from onebase_server.engine.request import Ready
 from onebase_server.errors import EngineUnavailable
@@ -26,6 +27,7 @@ class Context:
     tokenizer: Tokenizer
     metrics: Metrics
     admission: Admission
+    publisher: Publisher
 
     @property
     def engine_info(self) -> Ready:

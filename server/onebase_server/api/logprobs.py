@@ -39,7 +39,7 @@ class CompletionLogprobsFormatter:
         )
 
     def _alternatives(self, logprob: Logprob) -> dict[str, float]:
-        """The likeliest tokens and the chosen one; of those that look alike (parts of characters) the likeliest stays."""
+        """The likeliest tokens and the chosen one; of those that look alike the likeliest stays."""
         alternatives: dict[str, float] = {}
         for token_id, value in (*logprob.top, (logprob.token_id, logprob.logprob)):
             alternatives.setdefault(self._tokenizer.id_to_token_text(token_id), value)

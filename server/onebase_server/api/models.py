@@ -20,23 +20,33 @@ class Selection:
     """The adapter's name, without a version."""
 
 
-def select_model(model: str, base_name: str, store: AdapterStore, holds: ExitStack) -> Selection:
-    """Resolve `base`, `adapter`, `base:adapter` or `adapter@version`, and lease the version until `holds` is closed.
+def resolve_model(model: str, base_name: str, store: AdapterStore) -> AdapterVersion | None:
+    """Which adapter version `adapter`, `base:adapter` or `adapter@version` is now; None for the base's own name.
 
     Raises:
         ModelNotFound: there is no such model.
     """
     if model == base_name:
-        return Selection(None, None)
-    name, _, wanted = model.removeprefix(f"{base_name}:").partition("@")
-    if wanted and not wanted.isdecimal():
+        return None
+    name, at, version = model.removeprefix(f"{base_name}:").partition("@")
+    if at and not (version.isascii() and version.isdecimal()):
         raise ModelNotFound(f"The model {model} does not exist: a version is a number.", param="model")
     try:
-        version = store.resolve(name, int(wanted) if wanted else None)
-        holds.enter_context(store.lease(version.digest))
+        return store.resolve(name, int(version) if at else None)
     except (AdapterNotFound, VersionNotFound) as error:
         raise ModelNotFound(f"The model {model} does not exist. {error}", param="model") from error
-    return Selection(adapter_ref(store, version), name)
+
+
+def select_model(model: str, base_name: str, store: AdapterStore, holds: ExitStack) -> Selection:
+    """Resolve a model and keep its blob until `holds` is closed; raises ModelNotFound."""
+    version = resolve_model(model, base_name, store)
+    if version is None:
+        return Selection(None, None)
+    try:
+        holds.enter_context(store.lease(version.digest))
+    except AdapterNotFound as error:  # removed since it was resolved
+        raise ModelNotFound(f"The model {model} does not exist. {error}", param="model") from error
+    return Selection(adapter_ref(store, version), version.name)
 
 
 def adapter_ref(store: AdapterStore, version: AdapterVersion) -> AdapterRef:

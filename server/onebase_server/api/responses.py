@@ -172,6 +172,9 @@ class AdapterCard:
     name: str
     version: int
     digest: str
+    """sha256 of the adapter as it is kept: the same adapter always has the same, however it was sent."""
+    source_sha256: str
+    """sha256 of what was sent."""
     rank: int
     targets: list[str]
     bytes: int
