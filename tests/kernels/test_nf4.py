@@ -8,8 +8,8 @@ from torch import Tensor
 from onebase_kernels import Nf4Weight, dequantize_nf4, quantize_nf4
 from onebase_kernels.nf4 import dynamic_map
 
-# whole blocks, ragged last block, odd count, smaller than one block, more than one nested block, more than one chunk
-SHAPES = [(64, 128), (3, 100), (7, 9), (1, 5), (300, 128), (1500, 1600)]
+# whole blocks, blocks across rows, ragged last block, odd count, less than a block, nested blocks, more than one chunk
+SHAPES = [(64, 128), (6, 160), (3, 100), (7, 9), (1, 5), (300, 128), (1500, 1600)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -47,7 +47,10 @@ def test_codes_and_scales_are_bitsandbytes(shape: tuple[int, int], dtype: torch.
 def test_dequantised_weight_is_bitsandbytes(shape: tuple[int, int], dtype: torch.dtype, double_quant: bool) -> None:
     weight = random_weight(shape, dtype)
     codes, state = quantize_with_bitsandbytes(weight, double_quant)
-    assert torch.equal(dequantize_nf4(quantize_nf4(weight, double_quant), dtype), bnb.dequantize_4bit(codes, state))
+    # As one long row: bitsandbytes' AVX-512 code takes a wrong scale where a block goes on in the next row.
+    state.shape = torch.Size([1, weight.numel()])
+    expected = bnb.dequantize_4bit(codes, state).view(shape)
+    assert torch.equal(dequantize_nf4(quantize_nf4(weight, double_quant), dtype), expected)
 
 
 def test_a_block_of_zeros_stays_zero() -> None:

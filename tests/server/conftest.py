@@ -17,7 +17,7 @@ from onebase_server.settings import EngineSettings
 TINY = {
     "vocab_size": 97,
     "hidden_size": 64,
-    "intermediate_size": 160,
+    "intermediate_size": 192,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

@@ -20,11 +20,6 @@ CHUNKINGS = {
     "token by token": [1] * 41,
     "prefill, then decode": [30] + [1] * 11,
 }
-    "whole": [41],
-    "chunked": [7, 16, 1, 17],
-    "token by token": [1] * 41,
-    "prefill, then decode": [30] + [1] * 11,
-}
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {
