@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
+
 from onebase_adapters.adapter import Array, BaseLayout
 from onebase_adapters.store import AdapterStore
-from safetensors.numpy import save_file
 
 LAYOUT = BaseLayout(
     num_layers=3,

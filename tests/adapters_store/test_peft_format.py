@@ -3,6 +3,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+
 from onebase_adapters.adapter import Adapter, BaseLayout, InvalidConfig, InvalidTensors, ModuleKey
 from onebase_adapters.peft_config import read_config
 from onebase_adapters.peft_format import parse
@@ -16,8 +17,12 @@ def test_a_plain_lora_keeps_its_numbers_and_scale(write_peft, layout, tensors):
     adapter = load(write_peft(tensors), layout)
     assert set(adapter.pairs) == {ModuleKey(i, p) for i in range(3) for p in ("q_proj", "v_proj")}
     pair = adapter.pairs[ModuleKey(1, "v_proj")]
-    np.testing.assert_array_equal(pair.lora_a, tensors["base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight"])
-    np.testing.assert_array_equal(pair.lora_b, tensors["base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"])
+    np.testing.assert_array_equal(
+        pair.lora_a, tensors["base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight"]
+    )
+    np.testing.assert_array_equal(
+        pair.lora_b, tensors["base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"]
+    )
     assert pair.scale == 2.0
     assert (adapter.rank, adapter.targets) == (4, ("q_proj", "v_proj"))
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from onebase_adapters.adapter import (
     DigestMismatch,
     InvalidConfig,
