@@ -76,6 +76,11 @@ class EngineClient:
         return self._info is not None
 
     @property
+    def _has_started(self) -> bool:
+        """Whether the engine has been ready once, so that its settings cannot be what is wrong."""
+        return self._first_start is not None and self._first_start.done()
+
+    @property
     def pid(self) -> int | None:
         """The engine's process id, while there is one."""
         return self._process.pid if self._process else None
@@ -156,6 +161,8 @@ class EngineClient:
         try:
             while True:
                 was_ready = await self._run_once()
+                if not self._has_started:
+                    raise ConfigurationError("The engine process ended before it was ready; its last words are above.")
                 delay = FIRST_RESTART_DELAY if was_ready else min(2 * delay, LONGEST_RESTART_DELAY)
                 logger.error("the engine process ended; starting it again in %.1f s", delay)
                 await asyncio.sleep(delay)
@@ -207,10 +214,10 @@ class EngineClient:
                         answer.set_result(message)
             case Ready():
                 self._info = message
-                if self._first_start and not self._first_start.done():
+                if self._first_start and not self._has_started:
                     self._first_start.set_result(message)
             case Failed():
-                if self._first_start and not self._first_start.done():
+                if not self._has_started:
                     raise ConfigurationError(message.error)
                 logger.error("the engine cannot start: %s", message.error)
 

@@ -43,7 +43,6 @@ class Engine:
         decoder: Decoder,
         settings: EngineSettings,
         *,
-        eos_token_ids: frozenset[int],
         on_loaded: Callable[[], None] = lambda: None,
     ) -> None:
         """`on_loaded` is called, on another thread, when an adapter's blob has been read."""
@@ -59,7 +58,6 @@ class Engine:
         self.scheduler = Scheduler(
             self.block_pool,
             self.adapter_pool,
-            eos_token_ids=eos_token_ids,
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_model_len=self.max_model_len,

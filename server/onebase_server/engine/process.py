@@ -16,12 +16,11 @@ from pathlib import Path
 
 import torch
 
+from onebase_kernels import use_backend
 from onebase_server.engine.core import Engine
 from onebase_server.engine.protocol import EngineSocket
 from onebase_server.engine.request import Failed, Ready, ToEngine
 from onebase_server.errors import OnebaseError
-from onebase_server.model.decoder import Decoder
-from onebase_server.model.tokenizer import read_eos_token_ids
 from onebase_server.model.weights import load_decoder
 from onebase_server.settings import EngineSettings
 
@@ -56,9 +55,9 @@ def load_engine(settings: EngineSettings, inbox: Inbox) -> tuple[Engine, Ready]:
     """Load the base and lay out memory; raises OnebaseError when the base or a setting is wrong."""
     started = time.perf_counter()
     torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
-    path = Path(settings.base)
-    decoder: Decoder = load_decoder(path, settings)
-    engine = Engine(decoder, settings, eos_token_ids=read_eos_token_ids(path), on_loaded=inbox.ring)
+    use_backend(settings.kernels)
+    decoder = load_decoder(Path(settings.base), settings)
+    engine = Engine(decoder, settings, on_loaded=inbox.ring)
     ready = Ready(
         vocab_size=decoder.config.vocab_size,
         max_model_len=engine.max_model_len,

@@ -37,7 +37,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     """Same seed, same text, whatever else is in the batch; None draws a fresh one."""
     stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
+    """Any of these ends the text; the API puts the model's end-of-text tokens here unless they are to be ignored."""
     logprobs: int | None = None
     """How many alternatives to report beside each chosen token; None reports nothing, 0 the chosen token alone."""
     prompt_logprobs: int | None = None
@@ -96,7 +96,7 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: tuple[Logprob | None, ...] | None = None
     """Sent once, with the first token; the first entry is None, for nothing precedes it."""
     finish_reason: str | None = None
-    """`stop` (end of text or a stop token), `length`, `abort` or `error`; None while it goes on."""
+    """`stop` (one of `stop_token_ids`), `length`, `abort` or `error`; None while it goes on."""
     stop_token_id: int | None = None
     """The token that ended the text with `stop`; it is the last of `token_ids`."""
     error: str | None = None

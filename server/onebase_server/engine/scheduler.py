@@ -106,7 +106,6 @@ class Scheduler:
         block_pool: BlockPool,
         adapters: Adapters,
         *,
-        eos_token_ids: frozenset[int],
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
@@ -114,7 +113,6 @@ class Scheduler:
     ) -> None:
         self.block_pool = block_pool
         self.adapters = adapters
-        self.eos_token_ids = eos_token_ids
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
@@ -312,10 +310,9 @@ class Scheduler:
             self.block_pool.remember(block, key)
 
     def _finish_reason(self, sequence: Sequence, token_id: int | None) -> str | None:
-        sampling = sequence.sampling
-        if token_id in sampling.stop_token_ids or (token_id in self.eos_token_ids and not sampling.ignore_eos):
+        if token_id in sequence.sampling.stop_token_ids:
             return "stop"
-        if sequence.num_output_tokens >= sampling.max_tokens or sequence.num_tokens >= self.max_model_len:
+        if sequence.num_output_tokens >= sequence.sampling.max_tokens or sequence.num_tokens >= self.max_model_len:
             return "length"
         return None
 
