@@ -9,6 +9,7 @@ from onebase_adapters.adapter import AdapterError
 from onebase_server.commands import adapters
 from onebase_server.commands.demo import demo
 from onebase_server.commands.import_gguf import import_gguf
+from onebase_server.commands.serve import serve
 from onebase_server.commands.tune import tune
 from onebase_server.errors import OnebaseError
 
@@ -35,3 +36,4 @@ app.add_typer(adapters.app, name="adapters")
 app.command()(demo)
 app.command("import-gguf")(import_gguf)
 app.command()(tune)
+app.command()(serve)

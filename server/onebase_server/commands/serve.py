@@ -1,0 +1,26 @@
+"""`onebase serve`."""
+
+from typing import Annotated, Any
+
+import typer
+
+from onebase_server.commands.settings_flags import read_settings, with_settings_flags
+
+
+@with_settings_flags
+def serve(
+    demo: Annotated[bool, typer.Option("--demo", help="Serve the demo base and its adapters.")] = False, **flags: Any
+) -> None:
+    """Serve a base and its adapters over HTTP.
+
+    Every flag may also be set in the environment, as ONEBASE_BASE and so on, or in onebase.toml; the keys
+    ONEBASE_API_KEY and ONEBASE_ADMIN_KEY only there.
+    """
+    # here, so that the other commands start without the server's libraries
+    from onebase_server.demo import demo_base_dir, demo_store_dir
+    from onebase_server.serving import run_server
+
+    if demo:
+        flags["base"] = flags["base"] or str(demo_base_dir(flags["cache_dir"]))
+        flags["store"] = flags["store"] or demo_store_dir(flags["cache_dir"])
+    run_server(read_settings(flags))

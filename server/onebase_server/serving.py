@@ -1,0 +1,172 @@
+"""`onebase serve` at work: makes the collaborators, runs the HTTP server, tells the operator what there is.
+
+The one place where the API, the engine, the store and the tokenizer of a running server are put together.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+from rich.console import Console
+from rich.filesize import decimal
+from rich.markup import escape
+
+import onebase_server
+from onebase_adapters.store import AdapterStore
+from onebase_server.api.app import create_app
+from onebase_server.engine.client import EngineClient
+from onebase_server.errors import ConfigurationError
+from onebase_server.metrics import Metrics
+from onebase_server.model.config import ModelConfig
+from onebase_server.model.hub import resolve_base
+from onebase_server.model.tokenizer import Tokenizer
+from onebase_server.settings import Settings
+
+GRACE_SECONDS = 30
+"""How long running requests may go on after SIGTERM."""
+
+
+def run_server(settings: Settings) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Raises:
+        ConfigurationError, StoreError: something is wrong with the base, the store or a setting.
+    """
+    started = time.perf_counter()
+    _configure_logging(settings.log_level)
+    settings = with_local_base(settings)
+    with open_store(settings) as store:
+        metrics = new_metrics(settings)
+        engine = EngineClient(settings.engine, on_stats=metrics.on_stats, on_restart=metrics.on_restart)
+        tokenizer = Tokenizer.from_directory(Path(settings.base))
+        app = create_app(settings, engine=engine, store=store, tokenizer=tokenizer, metrics=metrics)
+        server = OnebaseServer(settings, app, Announcer(settings, engine, store, started))
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run()
+    if server.failure is not None:
+        raise server.failure
+
+
+def with_local_base(settings: Settings) -> Settings:
+    """The settings with a hub id replaced by its local directory; the id stays the base's name."""
+    directory = resolve_base(settings.base, settings.revision, settings.cache_dir)
+    is_local = directory == Path(settings.base).expanduser()
+    name = settings.base_name if is_local else settings.base_name or settings.base
+    return settings.model_copy(update={"base": str(directory), "base_name": name})
+
+
+@contextlib.contextmanager
+def open_store(settings: Settings) -> Iterator[AdapterStore]:
+    """The adapter store, made for this base if it is not there yet; raises StoreError if it is for another."""
+    store = AdapterStore.open(
+        settings.store,
+        ModelConfig.from_directory(Path(settings.base)).adapter_layout(),
+        base_name=settings.served_name,
+        max_rank=settings.max_lora_rank,
+        max_upload_bytes=settings.max_upload_bytes,
+    )
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def new_metrics(settings: Settings) -> Metrics:
+    """Metrics labelled for this server."""
+    return Metrics(
+        base_name=settings.served_name,
+        adapter_labels=settings.adapter_metric_labels,
+        max_adapters=settings.max_num_seqs,  # at most one different adapter per sequence of a step
+    )
+
+
+class Announcer:
+    """Tells the operator, on stderr, what is served and when it can be used."""
+
+    def __init__(self, settings: Settings, engine: EngineClient, store: AdapterStore, started: float) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._store = store
+        self._started = started
+        self._console = Console(stderr=True, highlight=False)
+
+    async def announce(self, address: str) -> None:
+        """Say what is served at `address`, then wait for the engine; raises ConfigurationError if it cannot start."""
+        names = [version.name for version in self._store.list_adapters()]
+        self._say(
+            f"[bold]Onebase {onebase_server.__version__}[/] on [bold]{address}[/], documentation at {address}/docs"
+        )
+        self._say(f"  base      {self._settings.served_name} in {self._settings.base}")
+        self._say(f"  adapters  {_enumerate(names)} in {self._settings.store}")
+        self._say(f"  keys      {self._describe_keys()}")
+        self._say("Loading the base …")
+        ready = await self._engine.wait_ready()
+        self._say(
+            f"[bold green]Ready[/] after {time.perf_counter() - self._started:.1f} s: "
+            f"{decimal(ready.weight_bytes)} of weights, a context of {ready.max_model_len} tokens. Try:"
+        )
+        self._say(_example(address, names[0] if names else self._settings.served_name))
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True)
+
+    def _describe_keys(self) -> str:
+        is_set = (self._settings.api_key is not None, self._settings.admin_key is not None)
+        generation, adapters = ("needs a key" if has_key else "is open" for has_key in is_set)
+        return f"generation {generation}, publishing {adapters}"
+
+
+class OnebaseServer(uvicorn.Server):
+    """uvicorn, which also announces itself once it listens, and stops if the engine can never start."""
+
+    def __init__(self, settings: Settings, app: FastAPI, announcer: Announcer) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                log_config=None,
+                http="httptools",
+                timeout_graceful_shutdown=GRACE_SECONDS,
+            )
+        )
+        self.failure: ConfigurationError | None = None
+        self._announcer = announcer
+        self._announcing: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then announce it beside serving."""
+        await super().startup(sockets)
+        self._announcing = asyncio.create_task(self._announce())
+
+    async def _announce(self) -> None:
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        try:
+            await self._announcer.announce(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+        except ConfigurationError as error:
+            self.failure = error
+            self.should_exit = True
+
+
+def _configure_logging(level: str) -> None:
+    logging.basicConfig(level=level.upper(), format="%(levelname)s: %(message)s")
+    if level != "debug":  # uvicorn's own start-up lines say less than the announcement
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+
+
+def _enumerate(names: list[str]) -> str:
+    """`3 (pirate, shakespeare, extractor)`, cut short where there are many."""
+    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    return f"{len(names)} ({shown})" if names else "none yet"
+
+
+def _example(address: str, model: str) -> str:
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Who are you?"}]})
+    return f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d '{escape(body)}'"
