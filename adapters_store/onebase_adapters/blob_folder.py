@@ -5,12 +5,11 @@ their caller to hold the store's lock.
 """
 
 import os
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 
-from .adapter import AdapterNotFound
 from .blobs import file_digest, sync
 from .locks import exclusive_if_free, is_locked, lock_shared
 
@@ -37,8 +36,8 @@ class BlobFolder:
 
     def unused(self, wanted: Collection[str]) -> list[Path]:
         """Files of the folder that are not wanted blobs and that nobody leases; the caller holds the store's lock."""
-        wanted_paths = {self.path(digest) for digest in wanted}
-        return [path for path in sorted(self.directory.iterdir()) if path not in wanted_paths and not is_locked(path)]
+        unwanted = set(self.directory.iterdir()) - {self.path(digest) for digest in wanted}
+        return [path for path in sorted(unwanted) if path.is_file() and not is_locked(path)]
 
     def place(self, file: Path, digest: str) -> None:
         """Rename a finished blob, already on the disk, into the folder, so that a crash finds all of it or nothing."""
@@ -48,44 +47,36 @@ class BlobFolder:
         os.replace(file, path)
         sync(self.directory)
 
-    def discard(self, digest: str) -> None:
-        """Delete a blob, if it is there, unless someone leases it, in whatever process."""
-        path = self.path(digest)
+    def discard(self, path: Path) -> None:
+        """Delete a file of the folder, if it is there, unless someone leases it, in whatever process."""
         with suppress(FileNotFoundError), exclusive_if_free(path) as is_free:
             if is_free:
                 path.unlink()
 
-    @contextmanager
-    def lease(self, digest: str) -> Iterator[Path]:
-        """Keep a blob from being discarded.
+    def acquire(self, digest: str) -> None:
+        """Begin a lease: until its `release`, nobody can discard the blob.
 
         Raises:
-            AdapterNotFound: the blob is not there, or went while the lease was being taken.
+            FileNotFoundError: it is not there, or went while the lease was being taken.
         """
         with self._mutex:
             descriptor, count = self._leases.get(digest) or (self._lock(digest), 0)
             self._leases[digest] = (descriptor, count + 1)
-        try:
-            yield self.path(digest)
-        finally:
-            with self._mutex:
-                descriptor, count = self._leases.pop(digest)
-                if count > 1:
-                    self._leases[digest] = (descriptor, count - 1)
-                else:
-                    os.close(descriptor)
 
-    def is_leased_here(self, digest: str) -> bool:
-        """Whether a thread of this process leases the blob."""
+    def release(self, digest: str) -> bool:
+        """End a lease, and say whether it was the last one of this process."""
         with self._mutex:
-            return digest in self._leases
+            descriptor, count = self._leases.pop(digest)
+            if count > 1:
+                self._leases[digest] = (descriptor, count - 1)
+                return False
+            os.close(descriptor)
+            return True
 
     def _lock(self, digest: str) -> int:
-        try:
-            descriptor = lock_shared(self.path(digest))
-        except FileNotFoundError:
-            raise AdapterNotFound(f"The adapter with digest {digest} has been removed.") from None
-        if os.fstat(descriptor).st_nlink == 0:  # deleted between open and lock
+        path = self.path(digest)
+        descriptor = lock_shared(path)
+        if os.fstat(descriptor).st_nlink == 0:
             os.close(descriptor)
-            raise AdapterNotFound(f"The adapter with digest {digest} has been removed.")
+            raise FileNotFoundError(f"{path} was deleted between its opening and its locking.")
         return descriptor

@@ -124,7 +124,11 @@ class Catalogue:
             catalogue._create(layout, base_name)
             catalogue._check_base(layout, base_name)
         except DatabaseError as error:
+            catalogue.close()
             raise StoreError(f"{path} cannot be used as an adapter catalogue: {error.orig}.") from error
+        except StoreError:
+            catalogue.close()
+            raise
         return catalogue
 
     def close(self) -> None:

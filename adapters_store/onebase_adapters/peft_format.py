@@ -31,7 +31,7 @@ TENSOR_NAME = regex.compile(
     r"(?:base_model\.model\.)?"  # PeftModel's own two levels
     r"(?P<module>.+)"
     r"\.lora_(?P<side>[AB])"
-    r"(?:\.(?P<adapter>\w+))?"  # the adapter's name in training, where a tool left it in
+    r"(?:\.(?P<adapter>[^.]+))?"  # the adapter's name in training, where a tool left it in
     r"\.weight"
 )
 MODULE_NAME = regex.compile(

@@ -34,4 +34,4 @@ class Staging:
 
     def left_overs(self) -> list[Path]:
         """What no living process is using; the caller holds the store's lock."""
-        return [path for path in sorted(self.directory.iterdir()) if not is_locked(path)]
+        return [path for path in sorted(self.directory.iterdir()) if path.is_dir() and not is_locked(path)]

@@ -19,7 +19,16 @@ from typing import Literal
 
 import regex
 
-from .adapter import Adapter, AdapterNotFound, BaseLayout, DigestMismatch, InvalidName, StoreError, UploadTooLarge
+from .adapter import (
+    Adapter,
+    AdapterError,
+    AdapterNotFound,
+    BaseLayout,
+    DigestMismatch,
+    InvalidName,
+    StoreError,
+    UploadTooLarge,
+)
 from .blob_folder import BlobFolder
 from .blobs import file_digest, write_blob
 from .catalogue import AdapterVersion, Catalogue
@@ -190,7 +199,7 @@ class AdapterStore:
         with exclusive(self._lock):
             removed = self._catalogue.remove(name)
             for digest in {version.digest for version in removed} - self._catalogue.digests():
-                self._blobs.discard(digest)
+                self._blobs.discard(self.blob_path(digest))
             return removed
 
     def blob_path(self, digest: str) -> Path:
@@ -202,17 +211,21 @@ class AdapterStore:
         """Keep a blob on disk although its adapter may be removed meanwhile, by whatever process.
 
         Raises:
-            AdapterNotFound: the blob is no longer there.
+            AdapterNotFound: the adapter has been removed.
+            StoreError: the adapter is published, but its blob is missing.
         """
         try:
-            with self._blobs.lease(digest) as path:
-                yield path
+            self._blobs.acquire(digest)
+        except FileNotFoundError as error:
+            raise self._missing(digest) from error
+        try:
+            yield self.blob_path(digest)
         finally:
             # a remove during the lease could not delete the blob, so the last lease does
-            if not self._blobs.is_leased_here(digest) and not self._catalogue.refers_to(digest):
+            if self._blobs.release(digest) and not self._catalogue.refers_to(digest):
                 with exclusive(self._lock):
                     if not self._catalogue.refers_to(digest):
-                        self._blobs.discard(digest)
+                        self._blobs.discard(self.blob_path(digest))
 
     def verify(self, repair: bool = False) -> VerifyReport:
         """Hold every blob against the catalogue, and look for what killed processes left behind.
@@ -234,8 +247,10 @@ class AdapterStore:
             orphans = self._blobs.unused(self._catalogue.digests())
             left_overs = self._staging.left_overs()
             if repair:
-                for path in orphans + left_overs:
-                    _delete(path)
+                for path in orphans:
+                    self._blobs.discard(path)
+                for path in left_overs:
+                    shutil.rmtree(path)
         return VerifyReport(
             versions_checked=len(versions),
             damaged=damaged,
@@ -244,6 +259,11 @@ class AdapterStore:
             repaired=repair,
             now_live=now_live,
         )
+
+    def _missing(self, digest: str) -> AdapterError:
+        if self._catalogue.refers_to(digest):
+            return StoreError(f"Blob {digest} is missing. Run `onebase adapters verify --repair`, then publish again.")
+        return AdapterNotFound(f"The adapter with digest {digest} has been removed.")
 
     def _problem(self, digest: str) -> Literal["missing", "changed"] | None:
         try:
@@ -262,10 +282,3 @@ class AdapterStore:
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             shutil.copyfile(source / name, workspace / name)
         return workspace
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()

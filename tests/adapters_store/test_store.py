@@ -191,6 +191,12 @@ class TestBlobs:
         with pytest.raises(AdapterNotFound, match="has been removed"), store.lease(version.digest):
             pass
 
+    def test_a_lease_of_a_published_blob_that_is_missing_says_that_the_store_is_damaged(self, store, write_peft):
+        version = store.publish("pirate", write_peft())
+        store.blob_path(version.digest).unlink()
+        with pytest.raises(StoreError, match="verify --repair"), store.lease(version.digest):
+            pass
+
 
 class TestConcurrency:
     def test_many_threads_publish_one_name_without_losing_a_version(self, store, write_peft):
