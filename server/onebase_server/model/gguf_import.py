@@ -55,17 +55,14 @@ def import_gguf(
     Args:
         source: A GGUF file of the Llama architecture, in any quantisation that the `gguf` package can expand.
         destination: The directory to make.
-        force: Replace `destination` if it exists.
+        force: Replace `destination` if it exists and is a model's directory.
         shard_bytes: Largest safetensors file, and the most bytes held in memory; a larger tensor stands alone.
         on_progress: Called with bytes written so far and in all.
 
     Raises:
         ConfigurationError: `destination` exists, or `source` is not what can be imported; the text says why.
     """
-    if destination.exists() and not force:
-        raise ConfigurationError(
-            f"{destination} exists already; choose another directory or pass --force to replace it."
-        )
+    _refuse_to_overwrite(destination, force)
     reader = open_gguf(source)
     metadata = GgufMetadata.from_reader(source, reader)
     refuse_other_architectures(metadata)
@@ -78,6 +75,17 @@ def import_gguf(
         _write_json(directory / "tokenizer_config.json", tokenizer_config(metadata))
         tokenizer.save(str(directory / "tokenizer.json"))
         _write_weights(directory, tensors, config, shard_bytes, on_progress)
+
+
+def _refuse_to_overwrite(destination: Path, force: bool) -> None:
+    if destination.exists() and not force:
+        raise ConfigurationError(
+            f"{destination} exists already; choose another directory or pass --force to replace it."
+        )
+    if destination.exists() and not (destination / "config.json").is_file():
+        raise ConfigurationError(
+            f"{destination} has no config.json, so it is no model's directory and --force does not replace it."
+        )
 
 
 def _llama_tensors(metadata: GgufMetadata, reader: gguf.GGUFReader) -> dict[str, gguf.ReaderTensor]:

@@ -217,13 +217,22 @@ def test_interrupted_import_leaves_nothing(tmp_path: Path) -> None:
 def test_existing_directory_is_kept_unless_forced(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "tiny.gguf")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").touch()
-    with pytest.raises(ConfigurationError, match="--force"):
+    (tmp_path / "out" / "config.json").write_text("mine")
+    with pytest.raises(ConfigurationError, match="pass --force"):
         import_gguf(file, tmp_path / "out")
-    assert names_in(tmp_path / "out") == {"mine"}
+    assert (tmp_path / "out" / "config.json").read_text() == "mine"
     import_gguf(file, tmp_path / "out", force=True)
-    assert "mine" not in names_in(tmp_path / "out")
+    assert read_config(tmp_path / "out")["model_type"] == "llama"
     assert names_in(tmp_path) == {"tiny.gguf", "out"}
+
+
+def test_force_does_not_replace_what_is_no_model(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").touch()
+    with pytest.raises(ConfigurationError, match="no model's directory"):
+        import_gguf(file, tmp_path / "photos", force=True)
+    assert names_in(tmp_path / "photos") == {"cat.jpg"}
 
 
 def test_command_converts_and_says_what_is_wrong(tmp_path: Path) -> None:
