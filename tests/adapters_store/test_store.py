@@ -219,12 +219,14 @@ class TestConcurrency:
 
         with ThreadPoolExecutor(1) as pool:
             going = pool.submit(come_and_go)
-            for _ in range(40):
-                store.remove("coming")
-                version = store.publish("coming", source)
-                with store.lease(version.digest) as path:
-                    assert read_blob(path).rank == 4
-            stop.set()
+            try:
+                for _ in range(40):
+                    store.remove("coming")
+                    version = store.publish("coming", source)
+                    with store.lease(version.digest) as path:
+                        assert read_blob(path).rank == 4
+            finally:
+                stop.set()
             going.result()
         assert store.verify().is_clean
 
