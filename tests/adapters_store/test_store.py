@@ -10,7 +10,7 @@ from time import perf_counter
 import numpy as np
 import pytest
 
-from onebase_adapters.adapter import AdapterNotFound, BaseLayout, ModuleKey, StoreError, VersionNotFound
+from onebase_adapters.adapter import Adapter, AdapterNotFound, BaseLayout, ModuleKey, StoreError, VersionNotFound
 from onebase_adapters.archive import unpack
 from onebase_adapters.blobs import file_digest, read_blob
 from onebase_adapters.store import AdapterStore
@@ -56,6 +56,16 @@ class TestVersions:
             unpack(archive, directory, max_bytes=store.max_upload_bytes)
             version = store.publish("pirate", directory, expected_sha256=digest.upper(), source_sha256=digest)
         assert version.source_sha256 == digest
+        assert not list((store.root / "staging").iterdir())
+
+    def test_an_adapter_that_the_caller_does_not_accept_is_not_kept(self, store, write_peft):
+        def refuse(adapter: Adapter) -> None:
+            raise OverflowError(adapter.num_parameters)
+
+        with pytest.raises(OverflowError):
+            store.publish("pirate", write_peft(), accept=refuse)
+        assert not store.list_adapters()
+        assert not blobs(store)
         assert not list((store.root / "staging").iterdir())
 
     def test_publishing_a_name_again_makes_the_next_version_live(self, store, write_peft):
