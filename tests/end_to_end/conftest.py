@@ -1,0 +1,149 @@
+"""A small NF4 base as bitsandbytes quantises it, PEFT adapters on it, and a store that holds them."""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+from onebase_adapters.store import AdapterStore
+from onebase_server.engine.request import AdapterRef
+from onebase_server.model.config import ModelConfig
+
+VOCAB = 256
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "rank4": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    "rank8": {"r": 8, "lora_alpha": 8, "target_modules": "all-linear"},
+    "rank16": {"r": 16, "lora_alpha": 8, "target_modules": ["gate_proj", "up_proj", "down_proj"]},
+    "rank64": {"r": 64, "lora_alpha": 16, "target_modules": ["k_proj", "o_proj", "down_proj"]},
+    "rslora": {"r": 8, "lora_alpha": 4, "use_rslora": True, "target_modules": ["q_proj", "k_proj", "up_proj"]},
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 6,
+        "target_modules": ["q_proj", "o_proj", "down_proj"],
+        "rank_pattern": {"layers.1.self_attn.q_proj": 12, "down_proj": 2},
+        "alpha_pattern": {"o_proj": 3, "layers.0.mlp.down_proj": 5},
+    },
+}
+"""Six adapters that share nothing but the base: ranks, targets, scalings."""
+
+NEXT_RANK8 = "rank8-next"
+"""Another adapter of rank8's kind: what a customer uploads as its next version."""
+
+
+class Oracle:
+    """Transformers + PEFT + bitsandbytes on one NF4 base."""
+
+    def __init__(self, model: PeftModel, directory: Path) -> None:
+        """`directory` is where PEFT saved each adapter, under its name."""
+        self.model = model
+        self.directory = directory
+
+    @cache  # noqa: B019 - the oracle lives as long as the tests
+    def answer(self, prompt: tuple[int, ...], adapter: str | None, count: int) -> tuple[list[int], Tensor]:
+        """The `count` likeliest next tokens and the log-probabilities [count, vocab] they were chosen from.
+
+        One sequence under one adapter (None: the base), recomputed from its start for each token: no cache, no batch.
+        """
+        token_ids, logprobs = list(prompt), []
+        for _ in range(count):
+            logprobs.append(torch.log_softmax(self._last_logits(token_ids, adapter), dim=-1))
+            token_ids.append(int(logprobs[-1].argmax()))
+        return token_ids[len(prompt) :], torch.stack(logprobs)
+
+    @torch.inference_mode()
+    def _last_logits(self, token_ids: list[int], adapter: str | None) -> Tensor:
+        inputs = torch.tensor([token_ids])
+        if adapter is None:
+            with self.model.disable_adapter():
+                return self.model(input_ids=inputs).logits[0, -1]
+        self.model.set_adapter(adapter)
+        return self.model(input_ids=inputs).logits[0, -1]
+
+
+@pytest.fixture(scope="session")
+def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama whose logits are far apart, saved unquantised in fp32."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.15,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    directory = tmp_path_factory.mktemp("small") / "base"
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def oracle(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    """The base loaded by bitsandbytes in NF4 with double quantisation, with all of ADAPTERS, each saved by PEFT."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    base = AutoModelForCausalLM.from_pretrained(
+        small_base, quantization_config=quantization, dtype=torch.float32, device_map="cpu", attn_implementation="eager"
+    )
+    for module in base.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False  # that shortcut computes in bf16 whatever the compute dtype says
+    model: PeftModel | None = None
+    for name, options in {**ADAPTERS, NEXT_RANK8: ADAPTERS["rank8"]}.items():
+        config = LoraConfig(task_type="CAUSAL_LM", **options)
+        if model is None:
+            model = get_peft_model(base, config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+    assert isinstance(model, PeftModel)
+    _randomise(model)
+    directory = tmp_path_factory.mktemp("peft")
+    model.save_pretrained(directory)
+    return Oracle(model.eval(), directory)
+
+
+def _randomise(model: PeftModel) -> None:
+    """PEFT starts every B at zero; give all of them values that change the answer."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture
+def store(small_base: Path, tmp_path: Path) -> Iterator[AdapterStore]:
+    """An empty adapter store for the small base."""
+    layout = ModelConfig.from_directory(small_base).adapter_layout()
+    store = AdapterStore.open(tmp_path / "store", layout, base_name="small")
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def adapters(oracle: Oracle, store: AdapterStore) -> dict[str, AdapterRef]:
+    """All of ADAPTERS, published."""
+    return {name: publish(store, name, oracle.directory / name) for name in ADAPTERS}
+
+
+def publish(store: AdapterStore, name: str, directory: Path) -> AdapterRef:
+    """Publish a PEFT directory; how a request refers to the version that this made."""
+    version = store.publish(name, directory)
+    path = store.blob_path(version.digest)
+    return AdapterRef(digest=version.digest, path=str(path), label=f"{name}@{version.version}")
