@@ -6,7 +6,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ ENGINE = {
     "max_num_seqs": 16,
     "max_num_batched_tokens": 256,
     "kv_cache_memory": "64MiB",
-    "adapter_memory": "1MiB",
+    "adapter_memory": "512KiB",
 }
 
 
@@ -101,17 +101,14 @@ def make_settings(tiny_base: Path, tmp_path: Path) -> Callable[..., Settings]:
 @pytest.fixture
 def make_client(make_settings: Callable[..., Settings]) -> Iterator[Callable[..., httpx.AsyncClient]]:
     """A client of an app whose engine does not run: for what is answered without it."""
-    with_open = []
+    with ExitStack() as stack:
 
-    def make(**overrides: Any) -> httpx.AsyncClient:
-        manager = open_app(make_settings(**overrides))
-        with_open.append(manager)
-        transport = httpx.ASGITransport(manager.__enter__(), raise_app_exceptions=False)
-        return httpx.AsyncClient(transport=transport, base_url="http://test")
+        def make(**overrides: Any) -> httpx.AsyncClient:
+            app = stack.enter_context(open_app(make_settings(**overrides)))
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            return httpx.AsyncClient(transport=transport, base_url="http://test")
 
-    yield make
-    for manager in with_open:
-        manager.__exit__(None, None, None)
+        yield make
 
 
 @dataclass
@@ -200,11 +197,21 @@ def write_peft(directory: Path, layout: BaseLayout, *, seed: int = 0, rank: int 
 
 
 @pytest.fixture
-def make_archive(server: RunningServer, tmp_path: Path) -> Callable[..., bytes]:
-    """A zip of a random adapter for the server's base; the same arguments, the same adapter."""
+def write_adapter(server: RunningServer) -> Callable[..., Path]:
+    """Write a random adapter for the server's base into a directory; the same arguments, the same adapter."""
+
+    def write(directory: Path, **arguments: Any) -> Path:
+        return write_peft(directory, server.context.store.layout, **arguments)
+
+    return write
+
+
+@pytest.fixture
+def make_archive(write_adapter: Callable[..., Path], tmp_path: Path) -> Callable[..., bytes]:
+    """A zip of a random adapter."""
 
     def make(**arguments: Any) -> bytes:
-        directory = write_peft(tmp_path / "peft", server.context.store.layout, **arguments)
+        directory = write_adapter(tmp_path / "peft", **arguments)
         archive = tmp_path / "adapter.zip"
         with zipfile.ZipFile(archive, "w") as zipped:
             for file in directory.iterdir():
