@@ -8,13 +8,14 @@ import httpx
 import typer
 from rich.console import Console
 
+from onebase_adapters.peft_config import CONFIG_FILE
+from onebase_adapters.peft_format import WEIGHTS_FILE
 from onebase_server.commands import adapters
 from onebase_server.errors import ConfigurationError
 from onebase_server.tuning.recipe import Recipe
 
 DEFAULTS = Recipe()
 ALL_LINEAR = "all-linear"
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 UPLOAD_TIMEOUT_SECONDS = 300.0
 
 console = Console()
@@ -99,7 +100,7 @@ def publish_to_server(name: str, directory: Path, url: str) -> None:
         response = httpx.post(
             f"{url.rstrip('/')}/v1/adapters",
             data={"name": name},
-            files={file: (file, (directory / file).read_bytes()) for file in ADAPTER_FILES},
+            files={file: (file, (directory / file).read_bytes()) for file in (CONFIG_FILE, WEIGHTS_FILE)},
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=UPLOAD_TIMEOUT_SECONDS,
         )
