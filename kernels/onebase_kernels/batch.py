@@ -18,7 +18,7 @@ class Segment(NamedTuple):
     stop: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionBatch:
     """Where each request's tokens stand in the step and in the paged KV cache."""
 
