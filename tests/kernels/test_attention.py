@@ -1,0 +1,97 @@
+"""Paged attention against torch's own, request by request, with everything unused poisoned by NaN."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import onebase_kernels as kernels
+from onebase_kernels import AttentionBatch
+
+HEAD_DIM = 8
+
+
+class PagedRequests:
+    """Requests with random keys and values, laid out in scattered blocks of a cache that is NaN elsewhere."""
+
+    def __init__(self, lengths: Sequence[tuple[int, int]], heads: int, kv_heads: int, block_size: int) -> None:
+        """Lengths are (query_len, context_len) per request."""
+        torch.manual_seed(0)
+        self.keys = [torch.randn(context, kv_heads, HEAD_DIM) for _, context in lengths]
+        self.values = [torch.randn(context, kv_heads, HEAD_DIM) for _, context in lengths]
+        self.q = torch.randn(sum(query for query, _ in lengths), heads, HEAD_DIM)
+        counts = [-(-context // block_size) for _, context in lengths]
+        free = torch.randperm(sum(counts) + 3, dtype=torch.int32)
+        tables = torch.full((len(lengths), max(counts) + 1), free[-1].item(), dtype=torch.int32)
+        for row, (stop, count) in enumerate(zip(torch.tensor(counts).cumsum(0).tolist(), counts, strict=True)):
+            tables[row, :count] = free[stop - count : stop]
+        cache_shape = (sum(counts) + 3, block_size, kv_heads, HEAD_DIM)
+        self.k_cache, self.v_cache = torch.full(cache_shape, torch.nan), torch.full(cache_shape, torch.nan)
+        slots = []
+        for row, (query, context) in enumerate(lengths):
+            positions = torch.arange(context)
+            where = tables[row, positions // block_size].long() * block_size + positions % block_size
+            kernels.write_kv_(self.keys[row], self.values[row], self.k_cache, self.v_cache, where)
+            slots.append(where[context - query :])
+        starts = torch.tensor([0] + [query for query, _ in lengths]).cumsum(0).tolist()
+        self.batch = AttentionBatch(tuple(starts), tuple(context for _, context in lengths), tables, torch.cat(slots))
+
+    def expected(self, scale: float, window: int | None) -> Tensor:
+        outputs = []
+        starts = self.batch.query_starts
+        for keys, values, start, stop in zip(self.keys, self.values, starts, starts[1:], strict=False):
+            context, query = len(keys), stop - start
+            visible = torch.ones(context, context, dtype=torch.bool).tril()
+            if window is not None:
+                visible &= ~torch.ones(context, context, dtype=torch.bool).tril(-window)
+            out = F.scaled_dot_product_attention(
+                self.q[start:stop].transpose(0, 1),
+                keys.transpose(0, 1),
+                values.transpose(0, 1),
+                attn_mask=visible[context - query :],
+                scale=scale,
+                enable_gqa=True,
+            )
+            outputs.append(out.transpose(0, 1))
+        return torch.cat(outputs)
+
+
+BATCHES = {
+    "one token of one": [(1, 1)],
+    "decode, lengths far apart": [(1, 1), (1, 37), (1, 5), (1, 16), (1, 90)],
+    "whole prompts": [(5, 5), (17, 17)],
+    "a later chunk of a prompt": [(7, 30)],
+    "a prompt longer than a piece": [(300, 310)],
+    "prefill and decode mixed": [(1, 20), (13, 13), (1, 3), (9, 44)],
+}
+
+
+@pytest.mark.parametrize("window", [None, 1, 6])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)])
+@pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES.keys())
+def test_each_token_sees_its_own_request_up_to_itself(
+    backend: str, lengths: list[tuple[int, int]], heads: tuple[int, int], window: int | None
+) -> None:
+    requests = PagedRequests(lengths, *heads, block_size=4)
+    out = kernels.paged_attention(
+        requests.q, requests.k_cache, requests.v_cache, requests.batch, scale=0.3, window=window
+    )
+    torch.testing.assert_close(out, requests.expected(0.3, window), rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_stays_near_float32(backend: str) -> None:
+    requests = PagedRequests(BATCHES["prefill and decode mixed"], 6, 2, block_size=4)
+    out = kernels.paged_attention(
+        requests.q.bfloat16(), requests.k_cache.bfloat16(), requests.v_cache.bfloat16(), requests.batch, scale=0.3
+    )
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), requests.expected(0.3, None), rtol=2e-2, atol=2e-2)
+
+
+def test_q_may_be_a_slice_of_a_wider_tensor(backend: str) -> None:
+    requests = PagedRequests(BATCHES["prefill and decode mixed"], 6, 2, block_size=4)
+    wide = torch.cat([requests.q, torch.full_like(requests.q, torch.nan)], dim=1)
+    out = kernels.paged_attention(wide[:, :6], requests.k_cache, requests.v_cache, requests.batch, scale=0.3)
+    torch.testing.assert_close(out, requests.expected(0.3, None), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,33 @@
+"""The seam behind which back ends are exchanged."""
+
+import inspect
+from types import ModuleType
+
+import pytest
+import torch
+
+import onebase_kernels as kernels
+from onebase_kernels import bitsandbytes_backend, reference
+
+OPS = ["nf4_linear", "add_lora_", "write_kv_", "paged_attention", "rms_norm", "apply_rope_", "silu_mul"]
+
+
+@pytest.mark.parametrize("module", [bitsandbytes_backend])
+@pytest.mark.parametrize("op", OPS)
+def test_a_back_end_has_the_signatures_of_the_reference(op: str, module: ModuleType) -> None:
+    if hasattr(module, op):
+        assert inspect.signature(getattr(module, op)) == inspect.signature(getattr(reference, op))
+
+
+def test_auto_stands_for_a_back_end_that_computes() -> None:
+    chosen = kernels.use_backend("auto")
+    try:
+        assert chosen == "bitsandbytes"
+        assert kernels.silu_mul(torch.ones(2, 8)).shape == (2, 4)
+    finally:
+        kernels.use_backend("reference")
+
+
+def test_an_op_keeps_the_definition_of_the_reference() -> None:
+    for op in OPS:
+        assert getattr(kernels, op).__doc__ == getattr(reference, op).__doc__

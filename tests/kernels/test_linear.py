@@ -1,0 +1,107 @@
+"""NF4 linear and the adapters' side path, against plain matrix products."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+import onebase_kernels as kernels
+from onebase_kernels import Segment, dequantize_nf4, quantize_nf4
+
+Pairs = list[tuple[Tensor, Tensor] | None]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.float() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 33])
+@pytest.mark.parametrize("shape", [(64, 64), (96, 192), (40, 128), (33, 160)])
+def test_nf4_linear_is_the_product_with_the_dequantised_weight(
+    backend: str, shape: tuple[int, int], rows: int, with_bias: bool, double_quant: bool
+) -> None:
+    weight = quantize_nf4(random(*shape) * 0.02, double_quant)
+    bias = random(shape[0], seed=1) if with_bias else None
+    x = random(rows, shape[1], seed=2)
+    expected = torch.nn.functional.linear(x, dequantize_nf4(weight, torch.float32), bias)
+    assert relative_error(kernels.nf4_linear(x, weight, bias), expected) < 1e-5
+    half = kernels.nf4_linear(x.bfloat16(), weight, None if bias is None else bias.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert relative_error(half, expected) < 1e-2
+
+
+class Arena:
+    """Adapters of one projection group packed as `add_lora_` wants them, amid NaN that must not be read."""
+
+    def __init__(self, in_features: int, widths: Sequence[int], adapters: Sequence[Sequence[int]]) -> None:
+        self.in_features, self.widths = in_features, widths
+        self.pairs: list[Pairs] = []
+        chunks, rows, offset = [torch.full((5,), torch.nan)], [], 5
+        for slot, ranks in enumerate(adapters):
+            pairs: Pairs = [
+                (random(rank, in_features, seed=slot), random(width, rank, seed=slot + 100)) if rank else None
+                for rank, width in zip(ranks, widths, strict=True)
+            ]
+            numbers = [a.flatten() for a, _ in filter(None, pairs)] + [b.T.flatten() for _, b in filter(None, pairs)]
+            rows.append([offset, *ranks, *[0] * (3 - len(ranks))])
+            chunks += [*numbers, torch.full((3,), torch.nan)]
+            offset += sum(map(len, numbers)) + 3
+            self.pairs.append(pairs)
+        self.numbers = torch.cat(chunks)
+        self.table = torch.tensor(rows, dtype=torch.int64)
+
+    def expected(self, x: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """What the side path adds to zeros."""
+        y = torch.zeros(len(x), sum(self.widths))
+        for slot, start, stop in segments:
+            column = 0
+            for pair, width in zip(self.pairs[slot], self.widths, strict=True):
+                if pair is not None:
+                    lora_a, lora_b = pair
+                    y[start:stop, column : column + width] += x[start:stop] @ lora_a.T @ lora_b.T
+                column += width
+        return y
+
+
+GROUPS = {"qkv": (24, 8, 8), "gate_up": (40, 40), "o": (32,)}
+RANKS = [4, 0, 16, 1]
+SEGMENTS = {
+    "none": [],
+    "all the same": [Segment(2, 0, 11)],
+    "all distinct": [Segment(slot % 4, slot, slot + 1) for slot in range(11)],
+    "some rows have none": [Segment(3, 1, 4), Segment(0, 6, 7), Segment(2, 9, 11)],
+}
+
+
+@pytest.mark.parametrize("popularity", SEGMENTS)
+@pytest.mark.parametrize("group", GROUPS)
+def test_each_row_gets_its_own_adapter_and_others_are_untouched(backend: str, group: str, popularity: str) -> None:
+    widths, segments = GROUPS[group], SEGMENTS[popularity]
+    # Ranks mix between adapters and between the slices of one adapter, empty slices and a wholly empty one included.
+    adapters = [[RANKS[(slot + i) % 4] for i in range(len(widths))] for slot in range(4)]
+    arena = Arena(48, widths, adapters)
+    x, base = random(11, 48, seed=7), random(11, sum(widths), seed=8)
+    y = base.clone()
+    kernels.add_lora_(y, x, arena.numbers, arena.table, widths, segments)
+    expected = arena.expected(x, segments)
+    torch.testing.assert_close(y - base, expected, rtol=1e-4, atol=1e-4)
+    idle = torch.ones(11, dtype=torch.bool)
+    for _, start, stop in segments:
+        idle[start:stop] = False
+    assert torch.equal(y[idle], base[idle])
+
+
+def test_side_path_in_bfloat16_is_near_float32(backend: str) -> None:
+    arena = Arena(48, (32,), [[16]])
+    x = random(3, 48, seed=7)
+    y = torch.zeros(3, 32, dtype=torch.bfloat16)
+    segments = [Segment(0, 0, 3)]
+    kernels.add_lora_(y, x.bfloat16(), arena.numbers.bfloat16(), arena.table, (32,), segments)
+    assert relative_error(y, arena.expected(x, segments)) < 2e-2
