@@ -80,7 +80,7 @@ class Metrics:
         self.published_adapters = Gauge("onebase_published_adapters", "Adapters that are published.", registry=registry)
         self.swap_duration = Histogram(
             "onebase_swap_seconds",
-            "From an adapter version's publication to its readiness in device memory.",
+            "From reading a newly live adapter version to its use in device memory.",
             buckets=_SECONDS,
             registry=registry,
         )

@@ -11,7 +11,7 @@ from onebase_server.api import adapters, chat, completions, health, lora_compat,
 from onebase_server.api.admission import Admission
 from onebase_server.api.body_limit import BodyLimit
 from onebase_server.api.context import Context
-from onebase_server.api.errors import install_error_handlers
+from onebase_server.api.errors import Envelope, install_error_handlers
 from onebase_server.api.publishing import Publisher
 from onebase_server.engine.client import EngineClient
 from onebase_server.metrics import Metrics
@@ -38,6 +38,7 @@ def create_app(
         version=onebase_server.__version__,
         lifespan=lifespan,
         strict_content_type=False,
+        responses={"default": {"model": Envelope, "description": "What went wrong, in OpenAI's envelope."}},
     )
     app.state.context = Context(
         settings=settings,

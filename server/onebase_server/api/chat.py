@@ -61,7 +61,8 @@ class _Answer:
 
     async def chunks(self) -> AsyncGenerator[ChatChunk, None]:
         """The stream's events: each choice's role, then its text, then its finish reason."""
-        yield self._chunk([ChatChunkChoice(i, ChatDelta(role="assistant", content="")) for i in range(self._body.n)])
+        for index in range(self._body.n):
+            yield self._chunk([ChatChunkChoice(index, ChatDelta(role="assistant", content=""))])
         async for piece in self._generation.pieces():
             logprobs = self._logprobs([piece])
             if piece.text or logprobs:

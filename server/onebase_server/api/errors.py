@@ -6,6 +6,7 @@ package builds an error response.
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
@@ -25,7 +26,8 @@ Outcome = Literal["completed", "aborted", "refused", "unavailable", "failed"]
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 
-class ErrorBody(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class ErrorBody:
     """What went wrong, for a person (`message`) and for a program (the rest)."""
 
     message: str
@@ -34,7 +36,8 @@ class ErrorBody(msgspec.Struct, frozen=True):
     code: str
 
 
-class Envelope(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Envelope:
     """OpenAI's shape around every error."""
 
     error: ErrorBody

@@ -1,7 +1,7 @@
 import asyncio
 
 import pytest
-from openai import BadRequestError, NotFoundError
+from openai import BadRequestError, InternalServerError, NotFoundError
 
 BASE = "tiny"
 GREEDY = {"model": BASE, "temperature": 0, "extra_body": {"ignore_eos": True}}
@@ -174,3 +174,13 @@ async def test_many_streams_at_once_are_each_as_alone(openai):
 
     alone = [await ask(number) for number in range(6)]
     assert await asyncio.gather(*(ask(number) for number in range(6))) == alone
+
+
+async def test_a_full_server_says_so_and_when_to_come_back(openai, server):
+    with (
+        server.context.admission.admit(server.context.admission.capacity),
+        pytest.raises(InternalServerError) as caught,
+    ):
+        await openai.completions.create(model=BASE, prompt="x")
+    assert (caught.value.status_code, caught.value.code) == (503, "overloaded")
+    assert caught.value.response.headers["retry-after"] == "1"
