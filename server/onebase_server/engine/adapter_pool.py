@@ -23,6 +23,9 @@ from onebase_server.model.config import ModelConfig
 MAX_LOADING = 8
 """Blobs on their way or waiting for room at one time: enough to keep the reader busy, too few to fill the host."""
 
+MAX_RETIRED = 4096
+"""Retired versions that are remembered, for requests that were admitted before and arrive after."""
+
 
 @dataclass(slots=True)
 class Resident:
@@ -35,8 +38,6 @@ class Resident:
     table: torch.Tensor
     """As in `PackedAdapter`."""
     num_users: int = 0
-    is_retired: bool = False
-    """No longer live: leaves when its last user does."""
 
 
 class AdapterPool:
@@ -61,6 +62,7 @@ class AdapterPool:
         self.num_evictions = 0
         self._extents = Extents(self.arena.numel())
         self._resident: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
+        self._retired: OrderedDict[str, None] = OrderedDict()  # the longest retired first
         self._free_slots = list(range(self.table.shape[2]))
         self._loading: dict[str, Future[PackedAdapter]] = {}
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
@@ -100,7 +102,7 @@ class AdapterPool:
         resident = self._resident[digest]
         resident.num_users -= 1
         assert resident.num_users >= 0, f"adapter {digest[:12]} was released too often"
-        if resident.is_retired and resident.num_users == 0:
+        if digest in self._retired and resident.num_users == 0:
             self._remove(resident)
 
     def withdraw(self, digest: str) -> None:
@@ -108,12 +110,18 @@ class AdapterPool:
         self._loading.pop(digest, None)
 
     def retire(self, digest: str) -> None:
-        """An adapter version is no longer live: its memory is free once nobody uses it."""
+        """An adapter version is no longer live: its memory is free as soon as nobody uses it."""
+        self._retired[digest] = None
+        if len(self._retired) > MAX_RETIRED:
+            self._retired.popitem(last=False)
         self._loading.pop(digest, None)
-        if resident := self._resident.get(digest):
-            resident.is_retired = True
-            if resident.num_users == 0:
-                self._remove(resident)
+        resident = self._resident.get(digest)
+        if resident and resident.num_users == 0:
+            self._remove(resident)
+
+    def revive(self, digest: str) -> None:
+        """An adapter version is live (again)."""
+        self._retired.pop(digest, None)
 
     def _admit(self, adapter: AdapterRef) -> Resident:
         """Take a blob that has been read into the arena, or have it read."""

@@ -79,6 +79,7 @@ class Engine:
             case Abort():
                 self.scheduler.abort(message.request_id)
             case Attach():
+                self.adapter_pool.revive(message.adapter.digest)
                 self._attaching[message.adapter.digest] = PendingAttach(message.adapter)
             case Retire():
                 self.adapter_pool.retire(message.digest)

@@ -105,6 +105,25 @@ def test_a_retired_version_leaves_with_its_last_user(pool: Pool, write_adapter: 
     assert (pool.num_resident, pool.bytes_used) == (0, 0)
 
 
+def test_a_request_that_arrives_after_its_version_was_retired_leaves_nothing_behind(
+    pool: Pool, write_adapter: BlobWriter
+) -> None:
+    adapter = write_adapter("a", {"q_proj": 2})
+    pool.retire(adapter.digest)
+    pool.acquire_loaded(adapter)
+    pool.release(adapter.digest)
+    assert pool.num_resident == 0
+
+
+def test_a_version_that_is_live_again_stays(pool: Pool, write_adapter: BlobWriter) -> None:
+    adapter = write_adapter("a", {"q_proj": 2})
+    pool.retire(adapter.digest)
+    pool.revive(adapter.digest)
+    pool.acquire_loaded(adapter)
+    pool.release(adapter.digest)
+    assert pool.num_resident == 1
+
+
 def test_an_adapter_larger_than_the_memory_is_unusable(pool: Pool, write_adapter: BlobWriter) -> None:
     with pytest.raises(
         AdapterUnusable, match="big@1 cannot run here: it needs 5632 bytes and the whole adapter memory has 5120"

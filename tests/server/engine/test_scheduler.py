@@ -54,7 +54,6 @@ def make_scheduler(**overrides: int) -> Scheduler:
     return Scheduler(
         BlockPool(options["num_blocks"], options["block_size"]),
         Shelf(options["slots"]),
-        eos_token_ids=frozenset({EOS}),
         max_num_seqs=options["max_num_seqs"],
         max_num_batched_tokens=options["max_num_batched_tokens"],
         max_model_len=options.get("max_model_len", 64),
@@ -199,19 +198,17 @@ def test_the_latest_sequence_is_preempted_and_comes_back_first() -> None:
     assert late.num_output_tokens > 0, "what it said is kept"
 
 
-def test_stop_tokens_end_the_text_and_ignore_eos_only_spares_the_end_of_text() -> None:
+def test_a_stop_token_ends_the_text_of_who_asked_for_it() -> None:
     scheduler = make_scheduler()
     for name, sampling in (
-        ("eos", SamplingParams(max_tokens=3)),
-        ("ignores", SamplingParams(max_tokens=3, ignore_eos=True)),
-        ("stops", SamplingParams(max_tokens=3, ignore_eos=True, stop_token_ids=(EOS,))),
+        ("goes on", SamplingParams(max_tokens=3)),
+        ("stops", SamplingParams(max_tokens=3, stop_token_ids=(9, EOS))),
     ):
         message = Submit(request_id=name, prompt_token_ids=(1,), sampling=sampling)
         scheduler.add(Sequence.from_submit(message, 0.0))
     _, outputs = step(scheduler, token=EOS)
     assert {o.request_id: (o.finish_reason, o.stop_token_id) for o in outputs} == {
-        "eos": ("stop", EOS),
-        "ignores": (None, None),
+        "goes on": (None, None),
         "stops": ("stop", EOS),
     }
 
