@@ -4,41 +4,15 @@ The families differ only in the fields below; nothing after this module asks for
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
 
 from onebase_adapters.adapter import BaseLayout
 from onebase_server.errors import ConfigurationError
-
-RopeType = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"]
-ROPE_TYPES: tuple[RopeType, ...] = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-
-HfConfig = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding (arXiv 2104.09864) and how it is stretched; `rope.py` gives each field's formula."""
-
-    rope_type: RopeType = "default"
-    theta: float = 10_000.0
-    factor: float = 1.0
-    original_max_position_embeddings: int = 0
-    """The context the model was pretrained with (yarn, longrope, llama3)."""
-    attention_factor: float | None = None
-    """What cos and sin are multiplied with (yarn, longrope); None takes the paper's."""
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-    short_factor: tuple[float, ...] = ()
-    long_factor: tuple[float, ...] = ()
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
+from onebase_server.model.config_reader import ConfigReader, HfConfig
+from onebase_server.model.rope_config import RopeConfig, read_rope
 
 
 @dataclass(frozen=True)
@@ -90,12 +64,11 @@ class ModelConfig:
             ConfigurationError: the family, or an option of it, is not carried; or a field is missing or senseless.
         """
         family = _family_of(hf)
-        reader = _Reader(hf)
+        reader = ConfigReader(hf)
         reader.refuse_unless("hidden_act", "silu")
         heads = reader.integer("num_attention_heads")
         hidden = reader.integer("hidden_size")
         layers = reader.integer("num_hidden_layers")
-        max_positions = reader.integer("max_position_embeddings")
         config = cls(
             family=hf["model_type"],
             vocab_size=reader.integer("vocab_size"),
@@ -106,8 +79,8 @@ class ModelConfig:
             num_kv_heads=reader.integer("num_key_value_heads", default=family.num_kv_heads or heads),
             head_dim=reader.integer("head_dim", default=family.head_dim or hidden // heads),
             rms_norm_eps=reader.number("rms_norm_eps", default=1e-6),
-            max_position_embeddings=max_positions,
-            rope=_rope(reader, max_positions),
+            max_position_embeddings=reader.integer("max_position_embeddings"),
+            rope=read_rope(reader),
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
             biases=family.biases(hf),
             qk_norm=family.qk_norm,
@@ -167,7 +140,7 @@ class ModelConfig:
         if self.rope.rope_type in ("linear", "dynamic"):
             return int(self.max_position_embeddings * self.rope.factor)
         if self.rope.rope_type == "yarn":
-            stretched = int(self.rope.original_max_position_embeddings * self.rope.factor)
+            stretched = int(self.rope.trained_context * self.rope.factor)
             return max(stretched, self.max_position_embeddings)
         return self.max_position_embeddings
 
@@ -179,46 +152,26 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigurationError(f"config.json: head_dim ({self.head_dim}) is odd; rope rotates pairs.")
+        if self.rope.rope_type == "longrope":
+            for name, factors in (("short_factor", self.rope.short_factor), ("long_factor", self.rope.long_factor)):
+                if len(factors) != self.head_dim // 2:
+                    raise ConfigurationError(
+                        f"config.json: {name} has {len(factors)} numbers; longrope needs head_dim / 2 = "
+                        f"{self.head_dim // 2}."
+                    )
 
 
-class _Reader:
-    """Fields of `config.json`, with errors that name them."""
-
-    def __init__(self, hf: HfConfig) -> None:
-        self.hf = hf
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.hf.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigurationError(f"config.json: {key} should be a positive integer, not {value!r}.")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        value = self.hf.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigurationError(f"config.json: {key} should be a number, not {value!r}.")
-        return float(value)
-
-    def refuse_unless(self, key: str, carried: Any) -> None:
-        """Raise unless the field is absent, null or has the one value that is carried."""
-        value = self.hf.get(key)
-        if value is not None and value != carried:
-            raise ConfigurationError(f"config.json: {key} = {value!r} is not carried; only {carried!r} is.")
-
-
-def _no_windows(_reader: _Reader, num_layers: int) -> tuple[int | None, ...]:
+def _no_windows(_reader: ConfigReader, num_layers: int) -> tuple[int | None, ...]:
     return (None,) * num_layers
 
 
-def _mistral_windows(reader: _Reader, num_layers: int) -> tuple[int | None, ...]:
+def _mistral_windows(reader: ConfigReader, num_layers: int) -> tuple[int | None, ...]:
     if reader.hf.get("sliding_window") is None:
         return (None,) * num_layers
     return (reader.integer("sliding_window"),) * num_layers
 
 
-def _qwen_windows(reader: _Reader, num_layers: int) -> tuple[int | None, ...]:
+def _qwen_windows(reader: ConfigReader, num_layers: int) -> tuple[int | None, ...]:
     """`use_sliding_window` switches windows on, `layer_types` or `max_window_layers` says in which layers."""
     hf = reader.hf
     if not hf.get("use_sliding_window") or hf.get("sliding_window") is None:
@@ -228,12 +181,10 @@ def _qwen_windows(reader: _Reader, num_layers: int) -> tuple[int | None, ...]:
     if layer_types is None:
         first = hf.get("max_window_layers", 28)
         return tuple(window if layer >= first else None for layer in range(num_layers))
-    unknown = sorted(set(layer_types) - {"full_attention", "sliding_attention"})
-    if unknown or len(layer_types) != num_layers:
+    if len(layer_types) != num_layers or set(layer_types) - {"full_attention", "sliding_attention"}:
         raise ConfigurationError(
-            f"config.json: layer_types should name one of full_attention and sliding_attention for each of the "
-            f"{num_layers} layers; it has {len(layer_types)} entries, {unknown or 'all'} of which are "
-            f"{'unknown' if unknown else 'known'}."
+            f"config.json: layer_types should name full_attention or sliding_attention for each of the {num_layers} "
+            f"layers, not {layer_types!r}."
         )
     return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
 
@@ -253,7 +204,7 @@ class _Family:
     """How a family's `config.json` maps to the fields above, with the defaults that it may leave out."""
 
     biases: Callable[[HfConfig], frozenset[str]]
-    windows: Callable[[_Reader, int], tuple[int | None, ...]]
+    windows: Callable[[ConfigReader, int], tuple[int | None, ...]]
     qk_norm: bool = False
     num_kv_heads: int | None = None
     head_dim: int | None = None
@@ -281,47 +232,6 @@ def _family_of(hf: HfConfig) -> _Family:
             f"config.json: the model family {model_type!r} is not carried. Carried families: {', '.join(_FAMILIES)}."
         )
     return family
-
-
-def _rope(reader: _Reader, max_positions: int) -> RopeConfig:
-    """`rope_parameters` (Transformers 5), or `rope_theta` beside `rope_scaling` (before)."""
-    hf = reader.hf
-    parameters = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    if not isinstance(parameters, Mapping) or any(isinstance(value, Mapping) for value in parameters.values()):
-        raise ConfigurationError("config.json: rope parameters that differ between layers are not carried.")
-    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-    if rope_type not in ROPE_TYPES:
-        raise ConfigurationError(
-            f"config.json: the rope type {rope_type!r} is not carried. Carried types: {', '.join(ROPE_TYPES)}."
-        )
-    for source in (hf, parameters):
-        _Reader(source).refuse_unless("partial_rotary_factor", 1.0)
-    pretrained = hf.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
-    rope = _Reader(
-        {"rope_theta": hf.get("rope_theta"), "original_max_position_embeddings": pretrained}
-        | {key: value for key, value in parameters.items() if key != "original_max_position_embeddings"}
-    )
-    original = rope.integer("original_max_position_embeddings", default=max_positions)
-    # longrope and yarn may leave the factor out: the ratio of the two contexts says it.
-    factor = max_positions / original if rope_type in ("longrope", "yarn") else None
-    if rope_type in ("linear", "dynamic", "llama3") and parameters.get("factor") is None:
-        raise ConfigurationError(f"config.json: rope type {rope_type} needs a factor.")
-    return RopeConfig(
-        rope_type=cast("RopeType", rope_type),
-        theta=rope.number("rope_theta", default=10_000.0),
-        factor=rope.number("factor", default=factor or 1.0),
-        original_max_position_embeddings=original,
-        attention_factor=parameters.get("attention_factor"),
-        beta_fast=parameters.get("beta_fast") or 32.0,
-        beta_slow=parameters.get("beta_slow") or 1.0,
-        mscale=parameters.get("mscale"),
-        mscale_all_dim=parameters.get("mscale_all_dim"),
-        truncate=parameters.get("truncate", True),
-        short_factor=tuple(parameters.get("short_factor") or ()),
-        long_factor=tuple(parameters.get("long_factor") or ()),
-        low_freq_factor=rope.number("low_freq_factor", default=1.0),
-        high_freq_factor=rope.number("high_freq_factor", default=4.0),
-    )
 
 
 def _is_nf4(hf: HfConfig) -> bool:

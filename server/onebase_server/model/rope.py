@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from onebase_server.model.config import RopeConfig
+from onebase_server.model.rope_config import RopeConfig
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ def _plain(theta: float, head_dim: int) -> Tensor:
 
 def _dynamic(rope: RopeConfig, head_dim: int, served_context: int) -> Tensor:
     """NTK-aware scaling: theta grows with the context beyond the trained one, so that only slow pairs stretch."""
-    trained = rope.original_max_position_embeddings
+    trained = rope.trained_context
     stretch = rope.factor * max(served_context, trained) / trained - (rope.factor - 1)
     return _plain(rope.theta * stretch ** (head_dim / (head_dim - 2)), head_dim)
 
 
 def _llama3(rope: RopeConfig, head_dim: int) -> Tensor:
     """Llama 3.1: slow pairs are divided by the factor, fast ones left alone, those between blended."""
-    trained = rope.original_max_position_embeddings
+    trained = rope.trained_context
     frequencies = _plain(rope.theta, head_dim)
     rotations = trained * frequencies / (2 * math.pi)  # within the trained context
     blend = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
@@ -79,7 +79,7 @@ def _yarn(rope: RopeConfig, head_dim: int) -> Tensor:
     """YaRN (arXiv 2309.00071, section 3.2): the blend goes linearly over pairs instead of rotations."""
 
     def pair_with_rotations(rotations: float) -> float:
-        wavelength = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
+        wavelength = rope.trained_context / (rotations * 2 * math.pi)
         return head_dim * math.log(wavelength) / (2 * math.log(rope.theta))
 
     first, last = pair_with_rotations(rope.beta_fast), pair_with_rotations(rope.beta_slow)
@@ -107,7 +107,7 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
 
 def _longrope(rope: RopeConfig, head_dim: int, served_context: int) -> Tensor:
     """LongRoPE (arXiv 2402.13753): each pair has a searched factor, one set for short and one for long contexts."""
-    long = served_context > rope.original_max_position_embeddings
+    long = served_context > rope.trained_context
     factors = torch.tensor(rope.long_factor if long else rope.short_factor, dtype=torch.float32)
     return 1.0 / (factors * rope.theta ** _exponents(head_dim))
 
@@ -118,4 +118,4 @@ def _longrope_attention_factor(rope: RopeConfig) -> float:
         return rope.attention_factor
     if rope.factor <= 1:
         return 1.0
-    return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_position_embeddings))
+    return math.sqrt(1 + math.log(rope.factor) / math.log(rope.trained_context))

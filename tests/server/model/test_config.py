@@ -1,0 +1,194 @@
+"""What `config.json` says of a base, family by family."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onebase_server.errors import ConfigurationError
+from onebase_server.model.config import ModelConfig
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
+MISTRAL = LLAMA | {"model_type": "mistral"}
+QWEN2 = LLAMA | {"model_type": "qwen2"}
+QWEN3 = LLAMA | {"model_type": "qwen3", "head_dim": 32}
+
+
+def test_a_plain_llama() -> None:
+    config = ModelConfig.from_hf(LLAMA)
+    assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (4, 8, 2, 8)
+    assert (config.biases, config.qk_norm, config.windows) == (frozenset(), False, (None,) * 4)
+    assert config.max_context == 1024
+    assert not config.tie_word_embeddings
+    assert not config.is_quantized
+
+
+def test_fields_that_are_left_out_take_the_familys_defaults() -> None:
+    bare = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
+    assert ModelConfig.from_hf(bare).num_kv_heads == 8
+    assert ModelConfig.from_hf(bare | {"model_type": "mistral"}).num_kv_heads == 8
+    bare_qwen3 = {key: value for key, value in QWEN3.items() if key != "head_dim"}
+    assert ModelConfig.from_hf(bare_qwen3).head_dim == 128
+
+
+@pytest.mark.parametrize(
+    ("hf", "biased"),
+    [
+        (LLAMA | {"attention_bias": True}, {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        (LLAMA | {"mlp_bias": True}, {"gate_proj", "up_proj", "down_proj"}),
+        (MISTRAL, set()),
+        (QWEN2, {"q_proj", "k_proj", "v_proj"}),
+        (QWEN3, set()),
+        (QWEN3 | {"attention_bias": True}, {"q_proj", "k_proj", "v_proj", "o_proj"}),
+    ],
+)
+def test_which_projections_have_a_bias(hf: dict[str, Any], biased: set[str]) -> None:
+    assert ModelConfig.from_hf(hf).biases == biased
+
+
+@pytest.mark.parametrize(
+    ("hf", "windows"),
+    [
+        (MISTRAL | {"sliding_window": 5}, (5, 5, 5, 5)),
+        (MISTRAL | {"sliding_window": None}, (None,) * 4),
+        (QWEN2 | {"sliding_window": 5, "use_sliding_window": False}, (None,) * 4),
+        (QWEN2 | {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 3}, (None, None, None, 5)),
+        (
+            QWEN3
+            | {
+                "sliding_window": 5,
+                "use_sliding_window": True,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
+            (5, None, 5, None),
+        ),
+    ],
+)
+def test_which_layers_have_a_window(hf: dict[str, Any], windows: tuple[int | None, ...]) -> None:
+    assert ModelConfig.from_hf(hf).windows == windows
+
+
+def test_rope_is_read_as_both_generations_of_transformers_write_it() -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    old = ModelConfig.from_hf(LLAMA | {"rope_theta": 5e5, "rope_scaling": scaling})
+    new = ModelConfig.from_hf(LLAMA | {"rope_parameters": scaling | {"rope_theta": 5e5}})
+    oldest = ModelConfig.from_hf(
+        LLAMA
+        | {"rope_theta": 5e5, "rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 256}
+    )
+    assert old.rope == new.rope == oldest.rope
+    assert (old.rope.rope_type, old.rope.theta, old.rope.factor, old.rope.trained_context) == ("yarn", 5e5, 4.0, 256)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "context"),
+    [
+        ({"rope_type": "linear", "factor": 2.0}, 2048),
+        ({"rope_type": "dynamic", "factor": 2.0}, 2048),
+        ({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 1024}, 8192),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 128}, 1024),
+        (
+            {"rope_type": "longrope", "short_factor": [1], "long_factor": [2], "original_max_position_embeddings": 8},
+            1024,
+        ),
+    ],
+)
+def test_the_context_counts_rope_scaling_in(scaling: dict[str, Any], context: int) -> None:
+    assert ModelConfig.from_hf(LLAMA | {"rope_scaling": scaling}).max_context == context
+
+
+def test_dtype_is_read_under_both_names() -> None:
+    assert ModelConfig.from_hf(LLAMA | {"dtype": "bfloat16"}).dtype == "bfloat16"
+    assert ModelConfig.from_hf(LLAMA | {"torch_dtype": "float16"}).dtype == "float16"
+
+
+def test_one_or_several_end_tokens() -> None:
+    assert ModelConfig.from_hf(LLAMA | {"eos_token_id": 7}).eos_token_ids == (7,)
+    assert ModelConfig.from_hf(LLAMA | {"eos_token_id": [7, 8]}).eos_token_ids == (7, 8)
+    assert ModelConfig.from_hf(LLAMA).eos_token_ids == ()
+
+
+def test_adapters_may_touch_every_linear() -> None:
+    layout = ModelConfig.from_hf(QWEN3).adapter_layout()
+    assert layout.num_layers == 4
+    assert layout.shapes == {
+        "q_proj": (256, 64),
+        "k_proj": (64, 64),
+        "v_proj": (64, 64),
+        "o_proj": (64, 256),
+        "gate_proj": (96, 64),
+        "up_proj": (96, 64),
+        "down_proj": (64, 96),
+    }
+
+
+@pytest.mark.parametrize(
+    ("hf", "said"),
+    [
+        (LLAMA | {"model_type": "gpt2"}, "'gpt2' is not carried. Carried families: llama, mistral, qwen2, qwen3"),
+        ({}, "the model family None is not carried"),
+        (LLAMA | {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not carried"),
+        (LLAMA | {"hidden_size": "64"}, "hidden_size should be a positive integer, not '64'"),
+        (LLAMA | {"vocab_size": None}, "vocab_size should be a positive integer, not None"),
+        (LLAMA | {"num_key_value_heads": 3}, "is not a multiple of"),
+        (LLAMA | {"head_dim": 7}, "head_dim (7) is odd"),
+        (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not carried"),
+        (LLAMA | {"rope_scaling": {"rope_type": "mrope"}}, "the rope type 'mrope' is not carried"),
+        (LLAMA | {"rope_scaling": {"rope_type": "linear"}}, "factor should be a number, not None"),
+        (LLAMA | {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "differ between layers"),
+        (
+            QWEN2 | {"sliding_window": 5, "use_sliding_window": True, "layer_types": ["chunked_attention"] * 4},
+            "layer_types should name full_attention or sliding_attention",
+        ),
+        (
+            LLAMA | {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "quantised with gptq, which is not carried",
+        ),
+        (LLAMA | {"quantization_config": {"quant_method": "fp8"}}, "quantised with fp8"),
+        (LLAMA | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "bitsandbytes 8-bit"),
+        (
+            LLAMA
+            | {
+                "quantization_config": {
+                    "quant_method": "bitsandbytes",
+                    "load_in_4bit": True,
+                    "bnb_4bit_quant_type": "fp4",
+                }
+            },
+            "bitsandbytes 4-bit fp4",
+        ),
+    ],
+)
+def test_what_is_not_carried_is_refused_by_name(hf: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        ModelConfig.from_hf(hf)
+    assert said in error.value.message
+
+
+def test_a_directory_without_a_readable_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"holds no config\.json"):
+        ModelConfig.from_directory(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigurationError, match="not valid JSON"):
+        ModelConfig.from_directory(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ConfigurationError, match="should hold a JSON object"):
+        ModelConfig.from_directory(tmp_path)
+
+
+def test_reading_a_configuration_needs_no_torch() -> None:
+    code = "import sys, onebase_server.model.config; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
