@@ -6,6 +6,7 @@ Tensors are views of the mapped file: what is not touched is not read, and a map
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from types import MappingProxyType
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -17,21 +18,23 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 class Checkpoint:
-    """Which tensors a directory has and in which file each lies."""
+    """Which tensors a directory has, of which shape, and in which file each lies."""
 
     def __init__(self, directory: Path) -> None:
-        """Read the index, or the single file's header.
+        """Read the index and the header of every file.
 
         Raises:
             ConfigurationError: no safetensors are there, or the index or a file of it cannot be read.
         """
         self.directory = directory
-        self._file_of = _files_by_tensor(directory)
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Names of all tensors."""
-        return frozenset(self._file_of)
+        self._file_of: dict[str, Path] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path in _files(directory):
+            for name, shape in _shapes(path).items():
+                shapes[name] = shape
+                self._file_of[name] = path
+        self.shapes = MappingProxyType(shapes)
+        """The shape of every tensor, by name."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -53,32 +56,35 @@ class Checkpoint:
         return tensors
 
 
-def _files_by_tensor(directory: Path) -> dict[str, Path]:
+def _files(directory: Path) -> list[Path]:
     index, single = directory / INDEX_FILE, directory / SINGLE_FILE
     if index.is_file():
-        return _read_index(index)
+        return _files_of_index(index)
     if not single.is_file():
         raise ConfigurationError(
             f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}. Only safetensors are read; "
             "convert other formats with Transformers' save_pretrained."
         )
-    try:
-        with safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), single)
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(single, error) from error
+    return [single]
 
 
-def _read_index(index: Path) -> dict[str, Path]:
+def _files_of_index(index: Path) -> list[Path]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        file_of = {name: index.parent / file for name, file in weight_map.items()}
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [index.parent / name for name in names]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"{index} is not a safetensors index: {error!r}.") from error
-    missing = sorted({path.name for path in file_of.values() if not path.is_file()})
-    if missing:
+    if missing := [path.name for path in files if not path.is_file()]:
         raise ConfigurationError(f"{index} names files that are not there: {', '.join(missing)}.")
-    return file_of
+    return files
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
 
 
 def _unreadable(path: Path, error: Exception) -> ConfigurationError:

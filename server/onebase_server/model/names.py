@@ -1,8 +1,10 @@
-"""What the tensors of the carried families are called in a Hugging Face checkpoint. It reads none of them."""
+"""The tensors of the carried families in a Hugging Face checkpoint, by name and shape. It reads none of them."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 from onebase_server.model.config import ModelConfig
+
+Shape = tuple[int, ...]
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -34,27 +36,34 @@ def norm_name(layer: int, norm: str) -> str:
     return f"model.layers.{layer}.{module}{norm}.weight"
 
 
-def layer_names(config: ModelConfig, layer: int) -> list[str]:
+def layer_shapes(config: ModelConfig, layer: int) -> dict[str, Shape]:
     """All tensors of a layer before quantisation."""
-    norms = ["input_layernorm", "post_attention_layernorm"] + (["q_norm", "k_norm"] if config.qk_norm else [])
-    linears = linear_names(config, layer)
-    return [
-        *(norm_name(layer, norm) for norm in norms),
-        *(f"{name}.weight" for name in linears.values()),
-        *(f"{name}.bias" for projection, name in linears.items() if projection in config.biases),
-    ]
+    shapes: dict[str, Shape] = {
+        norm_name(layer, norm): (config.hidden_size,) for norm in ("input_layernorm", "post_attention_layernorm")
+    }
+    if config.qk_norm:
+        shapes |= {norm_name(layer, norm): (config.head_dim,) for norm in ("q_norm", "k_norm")}
+    for projection, module in linear_names(config, layer).items():
+        shape = config.adapter_layout().shapes[projection]
+        shapes[f"{module}.weight"] = shape
+        if projection in config.biases:
+            shapes[f"{module}.bias"] = shape[:1]
+    return shapes
 
 
-def outer_names(config: ModelConfig) -> list[str]:
+def outer_shapes(config: ModelConfig) -> dict[str, Shape]:
     """All tensors that are in no layer."""
-    return [EMBEDDING, FINAL_NORM] + ([] if config.tie_word_embeddings else [HEAD])
+    vocab = (config.vocab_size, config.hidden_size)
+    shapes: dict[str, Shape] = {EMBEDDING: vocab, FINAL_NORM: (config.hidden_size,)}
+    return shapes if config.tie_word_embeddings else shapes | {HEAD: vocab}
 
 
-def all_names(config: ModelConfig) -> Iterator[str]:
+def all_shapes(config: ModelConfig) -> dict[str, Shape]:
     """All tensors of a checkpoint before quantisation."""
-    yield from outer_names(config)
+    shapes = outer_shapes(config)
     for layer in range(config.num_layers):
-        yield from layer_names(config, layer)
+        shapes |= layer_shapes(config, layer)
+    return shapes
 
 
 def is_ignored(name: str, config: ModelConfig) -> bool:

@@ -20,7 +20,7 @@ from onebase_server.errors import ConfigurationError
 from onebase_server.model import bnb_format
 from onebase_server.model.checkpoint import INDEX_FILE, Checkpoint
 from onebase_server.model.config import ModelConfig
-from onebase_server.model.names import layer_names, linear_names, outer_names
+from onebase_server.model.names import layer_shapes, linear_names, outer_shapes
 
 FORMAT_VERSION = 1
 """Part of the fingerprint; another number makes every cached form anew."""
@@ -91,9 +91,9 @@ def _shards(
     source: Checkpoint, config: ModelConfig, double_quant: bool, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
     """The tensors of each file to write: what is in no layer, then layer by layer."""
-    yield source.read(outer_names(config))
+    yield source.read(outer_shapes(config))
     for layer in range(config.num_layers):
-        tensors = source.read(layer_names(config, layer))
+        tensors = source.read(layer_shapes(config, layer))
         for name in linear_names(config, layer).values():
             weight = tensors.pop(f"{name}.weight")
             quantised = quantize_nf4(weight.to(device), double_quant)

@@ -38,7 +38,7 @@ def load_decoder(directory: Path, settings: EngineSettings, on_progress: Progres
     context = _served_context(config, settings.max_model_len)
     device = _resolve_device(settings.device)
     checkpoint = Checkpoint(directory)
-    _check_names(checkpoint, config)
+    _check_tensors(checkpoint, config)
     if settings.quantization == "nf4" and not config.is_quantized:
         checkpoint = nf4_checkpoint(checkpoint, config, settings.cache_dir, settings.double_quant, device, on_progress)
     weights = _Loader(checkpoint, config, _DTYPES[settings.dtype], device).load()
@@ -65,18 +65,27 @@ def _served_context(config: ModelConfig, max_model_len: int | None) -> int:
     return max_model_len
 
 
-def _check_names(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Raise where tensors are missing, or where there are some that the model would silently ignore."""
-    expected = set(names.all_names(config))
-    if missing := expected - checkpoint.names:
-        raise ConfigurationError(f"{checkpoint.directory} lacks tensors of the model: {names.listed(missing)}.")
-    quantised_parts = {part for name in expected for part in bnb_format.nf4_part_names(name, checkpoint.names)}
-    unexpected = {name for name in checkpoint.names - expected - quantised_parts if not names.is_ignored(name, config)}
+def _check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Raise where tensors are missing or of wrong shapes, or where there are some that would silently be ignored."""
+    directory, found, expected = checkpoint.directory, checkpoint.shapes, names.all_shapes(config)
+    if missing := expected.keys() - found.keys():
+        raise ConfigurationError(f"{directory} lacks tensors of the model: {names.listed(missing)}.")
+    parts = {name: bnb_format.nf4_part_names(name, found) for name in expected}
+    known = expected.keys() | {part for name in parts for part in parts[name]}
+    unexpected = {name for name in found.keys() - known if not names.is_ignored(name, config)}
     if unexpected:
         raise ConfigurationError(
-            f"{checkpoint.directory} has tensors that a {config.family} model of this config.json does not have: "
+            f"{directory} has tensors that a {config.family} model of this config.json does not have: "
             f"{names.listed(unexpected)}."
         )
+    for name, shape in expected.items():
+        if not parts[name]:  # the shape of a quantised weight is not that of its codes
+            _check_shape(directory, name, found[name], shape)
+
+
+def _check_shape(directory: Path, name: str, found: names.Shape, expected: names.Shape) -> None:
+    if found != expected:
+        raise ConfigurationError(f"{directory}: {name} has the shape {list(found)}; config.json says {list(expected)}.")
 
 
 class _Loader:
@@ -90,69 +99,52 @@ class _Loader:
 
     def load(self) -> DecoderWeights:
         """Everything, layer by layer."""
-        tensors = self.checkpoint.read(names.outer_names(self.config))
-        hidden, vocab = self.config.hidden_size, self.config.vocab_size
-        embedding = self._dense(tensors, names.EMBEDDING, (vocab, hidden))
-        tied = self.config.tie_word_embeddings
+        tensors = self.checkpoint.read(names.outer_shapes(self.config))
+        embedding = self._dense(tensors[names.EMBEDDING])
         return DecoderWeights(
             embedding=embedding,
             layers=tuple(self._layer(layer) for layer in range(self.config.num_layers)),
-            norm=self._dense(tensors, names.FINAL_NORM, (hidden,)),
-            head=embedding if tied else self._dense(tensors, names.HEAD, (vocab, hidden)),
+            norm=self._dense(tensors[names.FINAL_NORM]),
+            head=embedding if self.config.tie_word_embeddings else self._dense(tensors[names.HEAD]),
         )
 
     def _layer(self, layer: int) -> LayerWeights:
-        tensors = self._read_layer(layer)
-        groups = {
-            group.name: LinearGroup(
-                linears=tuple(
-                    self._linear(tensors, layer, projection, (width, group.in_features))
-                    for projection, width in zip(group.projections, group.widths, strict=True)
-                ),
-                layer=layer,
-                group=index,
-            )
-            for index, group in enumerate(self.config.projection_groups)
+        shapes = names.layer_shapes(self.config, layer)
+        parts = [part for name in shapes for part in bnb_format.nf4_part_names(name, self.checkpoint.shapes)]
+        tensors = self.checkpoint.read([*shapes, *parts])
+        modules = names.linear_names(self.config, layer)
+        linears = {
+            projection: self._linear(tensors, module, shapes[f"{module}.weight"])
+            for projection, module in modules.items()
         }
-
-        def norm(kind: str, size: int) -> Tensor:
-            return self._dense(tensors, names.norm_name(layer, kind), (size,))
-
-        hidden, head_dim, qk_norm = self.config.hidden_size, self.config.head_dim, self.config.qk_norm
-        return LayerWeights(
-            input_norm=norm("input_layernorm", hidden),
-            qkv=groups["qkv"],
-            q_norm=norm("q_norm", head_dim) if qk_norm else None,
-            k_norm=norm("k_norm", head_dim) if qk_norm else None,
-            o=groups["o"],
-            post_attention_norm=norm("post_attention_layernorm", hidden),
-            gate_up=groups["gate_up"],
-            down=groups["down"],
+        qkv, o, gate_up, down = (
+            LinearGroup(tuple(linears[projection] for projection in group.projections), layer, index)
+            for index, group in enumerate(self.config.projection_groups)
         )
 
-    def _read_layer(self, layer: int) -> dict[str, Tensor]:
-        wanted = names.layer_names(self.config, layer)
-        parts = [part for name in wanted for part in bnb_format.nf4_part_names(name, self.checkpoint.names)]
-        return self.checkpoint.read(wanted + parts)
+        def norm(kind: str) -> Tensor:
+            return self._dense(tensors[names.norm_name(layer, kind)])
 
-    def _linear(self, tensors: Mapping[str, Tensor], layer: int, projection: str, shape: tuple[int, int]) -> Linear:
-        module = names.linear_names(self.config, layer)[projection]
+        return LayerWeights(
+            input_norm=norm("input_layernorm"),
+            qkv=qkv,
+            q_norm=norm("q_norm") if self.config.qk_norm else None,
+            k_norm=norm("k_norm") if self.config.qk_norm else None,
+            o=o,
+            post_attention_norm=norm("post_attention_layernorm"),
+            gate_up=gate_up,
+            down=down,
+        )
+
+    def _linear(self, tensors: Mapping[str, Tensor], module: str, shape: names.Shape) -> Linear:
         name = f"{module}.weight"
-        has_bias = projection in self.config.biases
-        bias = self._dense(tensors, f"{module}.bias", shape[:1]) if has_bias else None
+        bias = tensors.get(f"{module}.bias")
+        bias = None if bias is None else self._dense(bias)
         if not bnb_format.nf4_part_names(name, tensors):
-            return Linear(self._dense(tensors, name, shape), bias)
+            return Linear(self._dense(tensors[name]), bias)
         weight = bnb_format.from_tensors(name, tensors)
-        self._check_shape(name, weight.shape, shape)
+        _check_shape(self.checkpoint.directory, name, weight.shape, shape)
         return Linear(weight.to(self.device), bias)
 
-    def _dense(self, tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = tensors[name]
-        self._check_shape(name, tensor.shape, shape)
+    def _dense(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype)
-
-    def _check_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-        if tuple(found) != expected:
-            raise ConfigurationError(
-                f"{self.checkpoint.directory}: {name} has the shape {list(found)}; config.json says {list(expected)}."
-            )

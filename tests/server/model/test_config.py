@@ -85,10 +85,8 @@ def test_rope_is_read_as_both_generations_of_transformers_write_it() -> None:
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
     old = ModelConfig.from_hf(LLAMA | {"rope_theta": 5e5, "rope_scaling": scaling})
     new = ModelConfig.from_hf(LLAMA | {"rope_parameters": scaling | {"rope_theta": 5e5}})
-    oldest = ModelConfig.from_hf(
-        LLAMA
-        | {"rope_theta": 5e5, "rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 256}
-    )
+    beside = {"rope_theta": 5e5, "original_max_position_embeddings": 256}
+    oldest = ModelConfig.from_hf(LLAMA | beside | {"rope_scaling": {"type": "yarn", "factor": 4.0}})
     assert old.rope == new.rope == oldest.rope
     assert (old.rope.rope_type, old.rope.theta, old.rope.factor, old.rope.trained_context) == ("yarn", 5e5, 4.0, 256)
 
@@ -100,10 +98,7 @@ def test_rope_is_read_as_both_generations_of_transformers_write_it() -> None:
         ({"rope_type": "dynamic", "factor": 2.0}, 2048),
         ({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 1024}, 8192),
         ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 128}, 1024),
-        (
-            {"rope_type": "longrope", "short_factor": [1], "long_factor": [2], "original_max_position_embeddings": 8},
-            1024,
-        ),
+        ({"rope_type": "longrope", "short_factor": [1] * 4, "long_factor": [2] * 4}, 1024),
     ],
 )
 def test_the_context_counts_rope_scaling_in(scaling: dict[str, Any], context: int) -> None:
@@ -153,10 +148,8 @@ def test_adapters_may_touch_every_linear() -> None:
             QWEN2 | {"sliding_window": 5, "use_sliding_window": True, "layer_types": ["chunked_attention"] * 4},
             "layer_types should name full_attention or sliding_attention",
         ),
-        (
-            LLAMA | {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            "quantised with gptq, which is not carried",
-        ),
+        (LLAMA | {"rope_scaling": {"rope_type": "longrope", "short_factor": [1]}}, "short_factor has 1 numbers"),
+        (LLAMA | {"quantization_config": {"quant_method": "gptq"}}, "quantised with gptq, which is not carried"),
         (LLAMA | {"quantization_config": {"quant_method": "fp8"}}, "quantised with fp8"),
         (LLAMA | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "bitsandbytes 8-bit"),
         (
