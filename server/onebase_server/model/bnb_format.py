@@ -55,30 +55,45 @@ def from_tensors(weight_name: str, tensors: Mapping[str, Tensor]) -> Nf4Weight:
     """The weight that those tensors describe.
 
     Raises:
-        ConfigurationError: a part is missing, or the block sizes are not bitsandbytes' defaults.
+        ConfigurationError: a part is missing or too short, or the block sizes are not bitsandbytes' defaults.
     """
     try:
         state = json.loads(bytes(tensors[f"{weight_name}.{_STATE}"].tolist()))
+        _refuse_other_blocks(weight_name, state)
         out_features, in_features = state["shape"]
-        blocksizes = (state["blocksize"], state.get("nested_blocksize", NESTED_BLOCK_SIZE))
-        absmax = tensors[f"{weight_name}.absmax"]
-        nested = None
-        if "nested_offset" in state:
-            nested = NestedScales(
-                absmax=tensors[f"{weight_name}.nested_absmax"],
-                offset=torch.tensor(state["nested_offset"], device=absmax.device),
-                quant_map=tensors[f"{weight_name}.nested_quant_map"],
-            )
+        weight = Nf4Weight(
+            # Some checkpoints store the codes under another dtype (`bnb_4bit_quant_storage`): the bytes are the same.
+            codes=tensors[weight_name].view(torch.uint8).reshape(-1),
+            absmax=tensors[f"{weight_name}.absmax"],
+            shape=(out_features, in_features),
+            nested=_nested(weight_name, tensors, state) if "nested_offset" in state else None,
+        )
     except (KeyError, ValueError) as error:
         raise ConfigurationError(f"{weight_name} is not a complete bitsandbytes NF4 weight: {error!r}.") from error
-    if blocksizes != (BLOCK_SIZE, NESTED_BLOCK_SIZE):
+    count = out_features * in_features
+    if weight.codes.numel() != -(-count // 2) or weight.absmax.numel() != -(-count // BLOCK_SIZE):
         raise ConfigurationError(
-            f"{weight_name} has quantisation blocks of {blocksizes[0]} (nested: {blocksizes[1]}); "
+            f"{weight_name} is not a complete bitsandbytes NF4 weight: {count} weights in {weight.codes.numel()} bytes "
+            f"with {weight.absmax.numel()} scales."
+        )
+    return weight
+
+
+def _nested(weight_name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> NestedScales:
+    return NestedScales(
+        absmax=tensors[f"{weight_name}.nested_absmax"],
+        offset=torch.tensor(state["nested_offset"]),
+        quant_map=tensors[f"{weight_name}.nested_quant_map"],
+    )
+
+
+def _refuse_other_blocks(weight_name: str, state: Mapping[str, Any]) -> None:
+    block, nested = state["blocksize"], state.get("nested_blocksize", NESTED_BLOCK_SIZE)
+    if (block, nested) != (BLOCK_SIZE, NESTED_BLOCK_SIZE):
+        raise ConfigurationError(
+            f"{weight_name} has quantisation blocks of {block} (nested: {nested}); "
             f"only {BLOCK_SIZE} (nested: {NESTED_BLOCK_SIZE}) are carried."
         )
-    # Some checkpoints store the codes under another dtype (`bnb_4bit_quant_storage`): the bytes are the same.
-    codes = tensors[weight_name].view(torch.uint8).reshape(-1)
-    return Nf4Weight(codes, absmax, (out_features, in_features), nested)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -257,10 +257,35 @@ def test_shapes_that_contradict_the_configuration_are_named(
 ) -> None:
     make_model("llama")
     change_tensors(tmp_path / "model", lambda tensors: tensors.update({LAYER: torch.zeros(64, 128)}))
-    with pytest.raises(
-        ConfigurationError, match=r"q_proj\.weight has the shape \[64, 128\]; config\.json says \[64, 64\]"
-    ):
+    said = r"q_proj\.weight has the shape \[64, 128\]; config\.json says \[64, 64\]"
+    with pytest.raises(ConfigurationError, match=said):
         load_decoder(tmp_path / "model", engine_settings(quantization=quantization))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_quantised_weights_that_are_incomplete_or_of_another_shape_are_named(
+    make_model: MakeModel, engine_settings: MakeSettings, tmp_path: Path
+) -> None:
+    make_model("llama")
+    load_decoder(tmp_path / "model", engine_settings())
+    tensors = all_tensors(cached_checkpoint(tmp_path))
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "config.json").write_text((cached_checkpoint(tmp_path) / "config.json").read_text())
+    other = LAYER.replace("q_proj", "k_proj")
+    k_proj = {name.replace("k_proj", "q_proj"): tensor for name, tensor in tensors.items() if name.startswith(other)}
+    for change, said in (
+        (k_proj, r"has the shape \[32, 64\]; config\.json says \[64, 64\]"),
+        ({f"{LAYER}.absmax": tensors[f"{LAYER}.absmax"][:-1]}, "is not a complete bitsandbytes NF4 weight"),
+        ({LAYER: tensors[LAYER][:-1]}, "is not a complete bitsandbytes NF4 weight"),
+    ):
+        # cloned, for safetensors does not write tensors that share memory
+        save_file({name: tensor.clone() for name, tensor in (tensors | change).items()}, damaged / "model.safetensors")
+        with pytest.raises(ConfigurationError, match=said):
+            load_decoder(damaged, engine_settings())
+    save_file({name: tensors[name] for name in tensors if name != f"{LAYER}.absmax"}, damaged / "model.safetensors")
+    with pytest.raises(ConfigurationError, match=r"is not a complete .*q_proj\.weight\.absmax"):
+        load_decoder(damaged, engine_settings())
 
 
 def test_files_that_are_not_there_or_cut_off_are_named(

@@ -1,0 +1,171 @@
+// Sixteen numbers at a time, whatever the machine: GCC's vector types, with intrinsics where the compiler needs help.
+//
+// Every source file is compiled once per instruction set (see build.py); what differs between them is here.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace onebase {
+
+constexpr int64_t LANES = 16;
+
+typedef float F32x16 __attribute__((vector_size(64)));
+typedef int32_t I32x16 __attribute__((vector_size(64)));
+typedef uint32_t U32x16 __attribute__((vector_size(64)));
+typedef uint16_t U16x16 __attribute__((vector_size(32)));
+typedef uint8_t U8x16 __attribute__((vector_size(16)));
+
+// A bfloat16 number: the upper half of a float.
+struct BFloat16 {
+    uint16_t bits;
+};
+
+template <class Vector, class T>
+inline Vector load_raw(const T* from) {
+    Vector v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+inline F32x16 broadcast(float value) { return F32x16{} + value; }
+
+inline F32x16 widen(U16x16 bits) { return (F32x16)(__builtin_convertvector(bits, U32x16) << 16); }
+
+// Rounds to nearest, ties to even, as torch does.
+inline U16x16 narrow(F32x16 v) {
+#if defined(__AVX512BF16__)
+    return (U16x16)_mm512_cvtneps_pbh((__m512)v);
+#else
+    const U32x16 bits = (U32x16)v;
+    return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, U16x16);
+#endif
+}
+
+inline F32x16 load(const float* from) { return load_raw<F32x16>(from); }
+inline F32x16 load(const BFloat16* from) { return widen(load_raw<U16x16>(from)); }
+inline void store(float* to, F32x16 v) { std::memcpy(to, &v, sizeof v); }
+inline void store(BFloat16* to, F32x16 v) {
+    const U16x16 bits = narrow(v);
+    std::memcpy(to, &bits, sizeof bits);
+}
+
+// Single numbers, for what is left of a row after its last sixteen.
+inline float load_one(const float* from) { return *from; }
+inline float load_one(const BFloat16* from) {
+    const uint32_t bits = uint32_t(from->bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+inline void store_one(float* to, float value) { *to = value; }
+inline void store_one(BFloat16* to, float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    to->bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+template <class T>
+inline float round_to(float value) {
+    T rounded;
+    store_one(&rounded, value);
+    return load_one(&rounded);
+}
+template <class T>
+inline F32x16 round_to(F32x16 v) {
+    if constexpr (sizeof(T) == sizeof(float)) return v;
+    else return widen(narrow(v));
+}
+
+inline float sum(F32x16 v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += v[i];
+    return total;
+#endif
+}
+
+inline float maximum(F32x16 v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float most = v[0];
+    for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
+    return most;
+#endif
+}
+
+inline F32x16 max(F32x16 a, F32x16 b) { return a > b ? a : b; }
+inline F32x16 min(F32x16 a, F32x16 b) { return a < b ? a : b; }
+
+// table[index mod 16], lane by lane.
+inline F32x16 lookup(F32x16 table, U32x16 index) {
+#if defined(__AVX512F__)
+    return (F32x16)_mm512_permutexvar_ps((__m512i)index, (__m512)table);
+#elif defined(__AVX2__)
+    __m256 low, high;
+    std::memcpy(&low, &table, 32);
+    std::memcpy(&high, (const char*)&table + 32, 32);
+    F32x16 result;
+    for (int half = 0; half < 2; half++) {
+        __m256i i;
+        std::memcpy(&i, (const char*)&index + 32 * half, 32);
+        const __m256 use_high = _mm256_castsi256_ps(_mm256_slli_epi32(i, 28));  // bit 3 to the sign
+        const __m256 v = _mm256_blendv_ps(
+            _mm256_permutevar8x32_ps(low, i), _mm256_permutevar8x32_ps(high, i), use_high);
+        std::memcpy((char*)&result + 32 * half, &v, 32);
+    }
+    return result;
+#else
+    F32x16 result;
+    for (int i = 0; i < LANES; i++) result[i] = table[index[i] & 15];
+    return result;
+#endif
+}
+
+// table[index], lane by lane, for tables of any length.
+inline F32x16 gather(const float* table, I32x16 index) {
+#if defined(__AVX512F__)
+    return (F32x16)_mm512_i32gather_ps((__m512i)index, table, 4);
+#else
+    F32x16 result;
+    for (int i = 0; i < LANES; i++) result[i] = table[index[i]];
+    return result;
+#endif
+}
+
+// e^x to about 2 units in the last place, for x in [-87, 88]; below that 0 (Cephes' polynomial).
+inline F32x16 exp(F32x16 x) {
+    const F32x16 clamped = max(x, broadcast(-87.0f));
+    const F32x16 scaled = clamped * 1.44269504088896341f;
+    const I32x16 n = __builtin_convertvector(scaled + (scaled < 0 ? broadcast(-0.5f) : broadcast(0.5f)), I32x16);
+    const F32x16 whole = __builtin_convertvector(n, F32x16);
+    const F32x16 r = clamped - whole * 0.693359375f - whole * -2.12194440e-4f;
+    F32x16 p = broadcast(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const F32x16 power = (F32x16)((n + 127) << 23);
+    return x < -87.0f ? F32x16{} : p * power;
+}
+
+// Calls `body.template operator()<T>()` with the element type that a dtype code of the C interface stands for.
+enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
+
+template <class Body>
+inline void dispatch(int32_t dtype, Body body) {
+    if (dtype == BFLOAT16) body.template operator()<BFloat16>();
+    else body.template operator()<float>();
+}
+
+}  // namespace onebase
+
+#define ONEBASE_EXPORT extern "C" __attribute__((visibility("default")))
