@@ -7,11 +7,15 @@ registry of its own, so that two servers in one process (or two tests) never sha
 import time
 from collections import Counter as Tally
 from collections.abc import Iterable
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 
 from onebase_server.engine.request import EngineStats
+
+Outcome = Literal["completed", "aborted", "refused", "unavailable", "failed"]
+"""How a generation request ended; `aborted` is a client that went away, `refused` a 4xx, `unavailable` a 503."""
 
 OTHER = "other"
 """The label shared by all adapters that have none of their own."""
@@ -36,6 +40,8 @@ class Metrics:
     def _define_requests(self) -> None:
         registry = self.registry
         self.requests = Counter("onebase_requests", "Generation requests by outcome.", ["outcome"], registry=registry)
+        for outcome in get_args(Outcome):
+            self.requests.labels(outcome)  # zero from the start, so that the first of a kind shows as a rise
         self.finished_sequences = Counter(
             "onebase_finished_sequences", "Sequences by why they ended.", ["reason"], registry=registry
         )

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from onebase_server.api.context import get_context
+from onebase_server.api.context import context_of
 from onebase_server.api.errors import envelope_of, error_response, outcome_of, status_of
 from onebase_server.api.generation import Generation, Piece
 
@@ -38,7 +38,7 @@ class CountedRoute(APIRoute):
             try:
                 return await handle(request)
             except Exception as error:
-                get_context(request).metrics.requests.labels(outcome_of(error)).inc()
+                context_of(request).metrics.requests.labels(outcome_of(error)).inc()
                 raise
 
         return handle_and_count

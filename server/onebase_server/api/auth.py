@@ -18,7 +18,7 @@ _bearer = HTTPBearer(auto_error=False, description="ONEBASE_API_KEY for generati
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
-def require_api_key(context: ContextDependency, credentials: Credentials) -> None:
+async def require_api_key(context: ContextDependency, credentials: Credentials) -> None:
     """Let a request generate; raises NotAuthenticated."""
     settings = context.settings
     if settings.api_key is None or _matches(credentials, settings.api_key, settings.admin_key):
@@ -26,7 +26,7 @@ def require_api_key(context: ContextDependency, credentials: Credentials) -> Non
     raise _not_authenticated(credentials)
 
 
-def require_admin_key(context: ContextDependency, credentials: Credentials) -> None:
+async def require_admin_key(context: ContextDependency, credentials: Credentials) -> None:
     """Let a request see and change adapters; raises NotAuthenticated, or NotAllowed for the generation key."""
     settings = context.settings
     if settings.admin_key is None or _matches(credentials, settings.admin_key):

@@ -38,9 +38,13 @@ class Context:
         return info
 
 
-def get_context(connection: HTTPConnection) -> Context:
+def context_of(connection: HTTPConnection) -> Context:
     """The context of the app that a request came to."""
     return cast("Context", connection.app.state.context)
 
 
-ContextDependency = Annotated[Context, Depends(get_context)]
+async def _provide_context(connection: HTTPConnection) -> Context:
+    return context_of(connection)  # async, for FastAPI sends anything else to a thread
+
+
+ContextDependency = Annotated[Context, Depends(_provide_context)]

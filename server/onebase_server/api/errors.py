@@ -7,7 +7,7 @@ package builds an error response.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from fastapi import FastAPI
@@ -18,11 +18,11 @@ from starlette.responses import Response
 
 from onebase_adapters.adapter import AdapterError
 from onebase_server.errors import BadRequest, EngineUnavailable, NotAuthenticated, OnebaseError, Overloaded
+from onebase_server.metrics import Outcome
 
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 1
-Outcome = Literal["completed", "aborted", "refused", "unavailable", "failed"]
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 

@@ -12,7 +12,7 @@ from typing import Self, cast
 
 import msgspec
 
-from onebase_server.api.errors import Outcome, outcome_of
+from onebase_server.api.errors import outcome_of
 from onebase_server.api.merging import merge
 from onebase_server.api.models import Selection
 from onebase_server.api.responses import FinishReason, PromptTokensDetails, Usage
@@ -20,8 +20,8 @@ from onebase_server.api.stop_strings import StopStringFilter
 from onebase_server.engine.client import EngineClient
 from onebase_server.engine.request import Logprob, SamplingParams, TokenOutput
 from onebase_server.errors import EngineUnavailable, OnebaseError
-from onebase_server.metrics import Metrics
-from onebase_server.model.tokenizer import Tokenizer
+from onebase_server.metrics import Metrics, Outcome
+from onebase_server.model.tokenizer import Tokenizer, TokenStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class Generation:
         self._outcome = "completed"
 
     async def _run_sequence(self, index: int, prompt: Prompt, choice: int) -> AsyncGenerator[Piece, None]:
-        text = _SequenceText(self.tokenizer, prompt.token_ids, self.job)
+        text = SequenceText(self.tokenizer.stream(prompt.token_ids), self.job.stop, include_stop=self.job.include_stop)
         sampling = prompt.sampling
         if choice and sampling.seed is not None:
             sampling = msgspec.structs.replace(sampling, seed=sampling.seed + choice)
@@ -138,9 +138,10 @@ class Generation:
                 if choice == 0:  # usage counts a prompt once, however many choices continue it
                     self.counts.cached += output.num_cached_tokens
                 piece = text.assemble(index, output)
-                yield piece
                 if piece.finish_reason:
                     self.metrics.finished_sequences.labels(piece.finish_reason).inc()
+                yield piece
+                if piece.finish_reason:  # at a stop string the engine would go on; closing `outputs` aborts it
                     return
 
     def _measure(self, output: TokenOutput, latest: float | None) -> float | None:
@@ -158,13 +159,13 @@ class Generation:
         return now
 
 
-class _SequenceText:
+class SequenceText:
     """One sequence's tokens to text: whole characters only, and cut at the first stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], job: Job) -> None:
-        self._stream = tokenizer.stream(prompt_token_ids)
-        self._filter = StopStringFilter(job.stop, include_in_output=job.include_stop)
-        self._include_stop = job.include_stop
+    def __init__(self, stream: TokenStream, stop: Sequence[str], *, include_stop: bool) -> None:
+        self._stream = stream
+        self._filter = StopStringFilter(stop, include_in_output=include_stop)
+        self._include_stop = include_stop
 
     def assemble(self, index: int, output: TokenOutput) -> Piece:
         """The piece for an output; raises OnebaseError if the engine gave up on the sequence."""
@@ -195,4 +196,5 @@ def _raise_if_failed(output: TokenOutput) -> None:
 
 
 def _without_tokens(output: TokenOutput) -> TokenOutput:
-    return msgspec.structs.replace(output, token_ids=(), logprobs=None, stop_token_id=None)
+    reason = "length" if output.finish_reason == "stop" else output.finish_reason
+    return msgspec.structs.replace(output, token_ids=(), logprobs=None, stop_token_id=None, finish_reason=reason)

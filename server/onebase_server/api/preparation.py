@@ -56,8 +56,8 @@ def prepare(
         for token_ids in prompts:
             _check_token_ids(token_ids, info, param)
             fitted = _fit_max_tokens(len(token_ids), max_tokens, default_max_tokens, info, param)
-            eos_token_ids = context.tokenizer.eos_token_ids
-            checked.append(Prompt(token_ids, _sampling(request, eos_token_ids, fitted, logprobs, prompt_logprobs)))
+            sampling = _sampling(request, context.tokenizer.eos_token_ids, fitted, logprobs, prompt_logprobs)
+            checked.append(Prompt(token_ids, sampling))
         holds.enter_context(context.admission.admit(len(checked) * request.n))
         job = Job(
             request_id=request_id,

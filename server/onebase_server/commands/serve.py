@@ -17,10 +17,11 @@ def serve(
     ONEBASE_API_KEY and ONEBASE_ADMIN_KEY only there.
     """
     # here, so that the other commands start without the server's libraries
-    from onebase_server.demo import demo_base_dir, demo_store_dir
+    from onebase_server.demo import prepare_demo
     from onebase_server.serving import run_server
 
     if demo:
-        flags["base"] = flags["base"] or str(demo_base_dir(flags["cache_dir"]))
-        flags["store"] = flags["store"] or demo_store_dir(flags["cache_dir"])
+        paths = prepare_demo(flags["cache_dir"])
+        flags["base"] = flags["base"] or str(paths.base)
+        flags["store"] = flags["store"] or paths.store
     run_server(read_settings(flags))
