@@ -28,22 +28,29 @@ def add_lora_(
     then each Bᵢ transposed, [rᵢ, Nᵢ], the scale folded in. Rank 0 is a slice that the adapter leaves alone; rows of y
     in no segment are not touched. (LoRA, arXiv 2106.09685; the batched form is Punica's, arXiv 2310.18547.)
     """
-    in_features = x.shape[1]
     for slot, start, stop in segments:
-        offset, *ranks = table[slot].tolist()
-        total_rank = sum(ranks)
-        if total_rank == 0:
-            continue
-        end = offset + total_rank * in_features
-        shrunk = x[start:stop] @ arena[offset:end].view(total_rank, in_features).T
-        column = first = 0
-        for rank, width in zip(ranks, widths, strict=False):  # groups of fewer than three slices leave ranks unused
-            if rank:
-                lora_b = arena[end : end + rank * width].view(rank, width)
-                y[start:stop, column : column + width].addmm_(shrunk[:, first : first + rank], lora_b)
-                end += rank * width
-            column += width
-            first += rank
+        add_adapter_(y[start:stop], x[start:stop], arena, table[slot], widths, torch.float32)
+
+
+def add_adapter_(
+    y: Tensor, x: Tensor, arena: Tensor, row: Tensor, widths: Sequence[int], compute_dtype: torch.dtype
+) -> None:
+    """`add_lora_` for rows that all use the adapter at one row of the table, the products taken in `compute_dtype`."""
+    in_features = x.shape[1]
+    offset, *ranks = row.tolist()
+    if not any(ranks):
+        return
+    end = offset + sum(ranks) * in_features
+    lora_a = arena[offset:end].view(-1, in_features)
+    shrunk = x.to(compute_dtype) @ lora_a.to(compute_dtype).T
+    column = first = 0
+    for rank, width in zip(ranks, widths, strict=False):  # groups of fewer than three slices leave ranks unused
+        if rank:
+            lora_b = arena[end : end + rank * width].view(rank, width)
+            y[:, column : column + width] += shrunk[:, first : first + rank] @ lora_b.to(compute_dtype)
+            end += rank * width
+        column += width
+        first += rank
 
 
 def write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:

@@ -45,7 +45,9 @@ def paged_attention(
     """As `reference.paged_attention`."""
     out = torch.empty_like(q)
     for call in _plan(batch, k_cache.shape[1], window):
-        out[call.rows] = _attend(q[call.rows], k_cache.flatten(0, 1), v_cache.flatten(0, 1), call, scale)
+        out[call.rows] = _attend(
+            q.index_select(0, call.rows), k_cache.flatten(0, 1), v_cache.flatten(0, 1), call, scale
+        )
     return out
 
 
@@ -58,13 +60,18 @@ def _attend(q: Tensor, k_slots: Tensor, v_slots: Tensor, call: _Call, scale: flo
     visible = call.visible.unsqueeze(2).expand(-1, -1, group, -1, -1)
     attended = F.scaled_dot_product_attention(
         folded.reshape(pieces, kv_heads, group * queries, head_dim),
-        k_slots[call.slots].transpose(1, 2),
-        v_slots[call.slots].transpose(1, 2),
+        _gather(k_slots, call.slots).transpose(1, 2),
+        _gather(v_slots, call.slots).transpose(1, 2),
         attn_mask=visible.reshape(pieces, 1, group * queries, num_keys),
         scale=scale,
     )
     unfolded = attended.view(pieces, kv_heads, group, queries, head_dim).permute(0, 3, 1, 2, 4)
     return unfolded.reshape(pieces * queries, heads, head_dim)
+
+
+def _gather(cache: Tensor, slots: Tensor) -> Tensor:
+    """`cache[slots]`, four times as fast on the CPU: [slots, Hkv, D], [P, L] → [P, L, Hkv, D]."""
+    return cache.index_select(0, slots.flatten()).view(*slots.shape, *cache.shape[1:])
 
 
 @lru_cache(maxsize=4)  # all layers of a step ask the same; models have at most two kinds of window

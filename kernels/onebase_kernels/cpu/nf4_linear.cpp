@@ -7,7 +7,7 @@
 // decoded rows to bfloat16 leaves them just as AMX wants them.
 // Scales follow the same order: 16 for each tile, fp32 or 8-bit.
 
-#include <cstdlib>
+#include <algorithm>
 #include <vector>
 
 #include "parallel.h"
@@ -142,19 +142,196 @@ void multiply_rows(const Nf4Group& group, int64_t block, const float* x, T* y, i
                           total[m][half][2 * i] + total[m][half][2 * i + 1]);
 }
 
-constexpr int MAX_ROWS = 8;  // decoded once for so many rows
-
 template <class T>
 void multiply_few(const Nf4Group& group, int64_t block, const float* x, int64_t m, T* y, int64_t y_stride) {
     const int64_t k = group.num_inputs;
-    while (m > 0) {
-        int64_t done;
-        if (m >= MAX_ROWS) multiply_rows<done = MAX_ROWS, T>(group, block, x, y, y_stride);
-        else if (m >= 4) multiply_rows<done = 4, T>(group, block, x, y, y_stride);
-        else if (m >= 2) multiply_rows<done = 2, T>(group, block, x, y, y_stride);
-        else multiply_rows<done = 1, T>(group, block, x, y, y_stride);
-        m -= done;
-        x += done * k;
-        y += done * y_stride;
+    int64_t row = 0;
+    const auto multiply = [&]<int ROWS>() {  // a block is decoded once for so many rows
+        for (; row + ROWS <= m; row += ROWS)
+            multiply_rows<ROWS>(group, block, x + row * k, y + row * y_stride, y_stride);
+    };
+    multiply.template operator()<8>();
+    multiply.template operator()<4>();
+    multiply.template operator()<2>();
+    multiply.template operator()<1>();
+}
+
+#if defined(__AVX512BF16__)
+// ---- more rows: decode to bfloat16, then let the machine's dot products of pairs do the sums ------------------------
+
+// Half a tile, 32 inputs by 16 outputs, as 16 rows of pairs of inputs; this is AMX's layout of a right-hand tile.
+inline void decode_half(const uint8_t* codes, F32x16 first_scale, F32x16 second_scale, BFloat16* to) {
+#pragma GCC unroll 2
+    for (int row = 0; row < 2; row++) {
+        const U32x16 first = load_raw<U32x16>(codes + row * 128), second = load_raw<U32x16>(codes + row * 128 + 64);
+#pragma GCC unroll 8
+        for (int q = 0; q < 8; q++) {
+            const F32x16 a = lookup(CODEBOOK, first >> (4 * q)) * first_scale;
+            const F32x16 b = lookup(CODEBOOK, second >> (4 * q)) * second_scale;
+            const __m512bh pairs = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+            std::memcpy(to + (row * 8 + q) * 32, &pairs, 64);
+        }
     }
+}
+
+// x rounded to bfloat16, rows padded with zeros to a multiple of 16.
+struct PaddedRows {
+    const BFloat16* data;
+    int64_t rows;  // multiple of 16
+};
+
+#if defined(__AMX_BF16__)
+
+constexpr int64_t MAX_TILE_ROWS = 6;  // 16 rows each: as many sums as there are tiles for
+
+// y[16·TILE_ROWS rows, 16 outputs]; both loops over tiles are unrolled, for AMX's operands are constants.
+template <int TILE_ROWS>
+void multiply_tiles(const Nf4Group& group, int64_t block, const BFloat16* x, float* sums) {
+    const int64_t k = group.num_inputs, tiles = k / BLOCK_K;
+    const uint8_t* codes = group.codes + block * tiles * TILE_BYTES;
+    alignas(64) BFloat16 weights[2][2][16 * 32];
+    Scales scales(group, block);
+    _tile_zero(0);
+    if constexpr (TILE_ROWS > 1) _tile_zero(1);
+    if constexpr (TILE_ROWS > 2) _tile_zero(2);
+    if constexpr (TILE_ROWS > 3) _tile_zero(3);
+    if constexpr (TILE_ROWS > 4) _tile_zero(4);
+    if constexpr (TILE_ROWS > 5) _tile_zero(5);
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        const F32x16 scale = scales(tile);
+        const F32x16 first_scale = spread(scale, FIRST_HALF), second_scale = spread(scale, SECOND_HALF);
+        for (int half = 0; half < 2; half++) {
+            BFloat16* decoded = weights[tile % 2][half];
+            decode_half(codes + tile * TILE_BYTES + half * 256, first_scale, second_scale, decoded);
+            const BFloat16* inputs = x + tile * BLOCK_K + half * 32;
+            _tile_loadd(7, decoded, 64);
+#define ONEBASE_TILE_ROW(i)                              \
+    if constexpr (TILE_ROWS > i) {                       \
+        _tile_loadd(6, inputs + 16 * (i) * k, 2 * k);    \
+        _tile_dpbf16ps(i, 6, 7);                         \
+    }
+            ONEBASE_TILE_ROW(0)
+            ONEBASE_TILE_ROW(1)
+            ONEBASE_TILE_ROW(2)
+            ONEBASE_TILE_ROW(3)
+            ONEBASE_TILE_ROW(4)
+            ONEBASE_TILE_ROW(5)
+#undef ONEBASE_TILE_ROW
+        }
+    }
+    _tile_stored(0, sums, 64);
+    if constexpr (TILE_ROWS > 1) _tile_stored(1, sums + 256, 64);
+    if constexpr (TILE_ROWS > 2) _tile_stored(2, sums + 512, 64);
+    if constexpr (TILE_ROWS > 3) _tile_stored(3, sums + 768, 64);
+    if constexpr (TILE_ROWS > 4) _tile_stored(4, sums + 1024, 64);
+    if constexpr (TILE_ROWS > 5) _tile_stored(5, sums + 1280, 64);
+}
+
+void multiply_many(const Nf4Group& group, int64_t block, const PaddedRows& x, int64_t m, BFloat16* y, int64_t y_stride) {
+    alignas(64) float sums[MAX_TILE_ROWS * 256];
+    for (int64_t row = 0; row < m; row += MAX_TILE_ROWS * 16) {
+        const BFloat16* inputs = x.data + row * group.num_inputs;
+        switch (std::min<int64_t>(MAX_TILE_ROWS, (m - row + 15) / 16)) {
+            case 1: multiply_tiles<1>(group, block, inputs, sums); break;
+            case 2: multiply_tiles<2>(group, block, inputs, sums); break;
+            case 3: multiply_tiles<3>(group, block, inputs, sums); break;
+            case 4: multiply_tiles<4>(group, block, inputs, sums); break;
+            case 5: multiply_tiles<5>(group, block, inputs, sums); break;
+            default: multiply_tiles<6>(group, block, inputs, sums);
+        }
+        for (int64_t i = 0; i < std::min(m - row, MAX_TILE_ROWS * 16); i++)
+            store(y + (row + i) * y_stride + block * BLOCK_N, load(sums + i * 16));
+    }
+}
+
+#else
+
+void multiply_many(const Nf4Group& group, int64_t block, const PaddedRows& x, int64_t m, BFloat16* y, int64_t y_stride) {
+    constexpr int ROWS = 16;
+    const int64_t k = group.num_inputs, tiles = k / BLOCK_K;
+    const uint8_t* codes = group.codes + block * tiles * TILE_BYTES;
+    alignas(64) BFloat16 weights[16 * 32];
+    for (int64_t row = 0; row < m; row += ROWS) {
+        __m512 sums[ROWS] = {};
+        Scales scales(group, block);
+        for (int64_t tile = 0; tile < tiles; tile++) {
+            const F32x16 scale = scales(tile);
+            const F32x16 first_scale = spread(scale, FIRST_HALF), second_scale = spread(scale, SECOND_HALF);
+            for (int half = 0; half < 2; half++) {
+                decode_half(codes + tile * TILE_BYTES + half * 256, first_scale, second_scale, weights);
+                const BFloat16* inputs = x.data + row * k + tile * BLOCK_K + half * 32;
+                for (int pair = 0; pair < 16; pair++) {
+                    const __m512bh column = (__m512bh)_mm512_load_si512(weights + pair * 32);
+#pragma GCC unroll 16
+                    for (int i = 0; i < ROWS; i++) {
+                        int32_t two;
+                        std::memcpy(&two, inputs + i * k + pair * 2, 4);
+                        sums[i] = _mm512_dpbf16_ps(sums[i], (__m512bh)_mm512_set1_epi32(two), column);
+                    }
+                }
+            }
+        }
+        for (int64_t i = 0; i < std::min<int64_t>(m - row, ROWS); i++)
+            store(y + (row + i) * y_stride + block * BLOCK_N, (F32x16)sums[i]);
+    }
+}
+
+#endif
+
+constexpr int64_t FEW = 2;  // up to so many rows, products in fp32 are the faster ones
+
+void linear_many(const Nf4Group& group, const BFloat16* x, int64_t m, BFloat16* y) {
+    const int64_t k = group.num_inputs, padded = (m + 15) / 16 * 16;
+    std::vector<BFloat16> copy;
+    if (padded != m) {
+        copy.resize(padded * k);
+        std::memcpy(copy.data(), x, m * k * sizeof(BFloat16));
+    }
+    const PaddedRows rows{copy.empty() ? x : copy.data(), padded};
+    parallel(group.num_outputs / BLOCK_N, [&](int64_t first, int64_t last) {
+#if defined(__AMX_BF16__)
+        const Tiles tiles;
+#endif
+        for (int64_t block = first; block < last; block++) multiply_many(group, block, rows, m, y, group.num_outputs);
+    });
+}
+#endif  // __AVX512BF16__
+
+template <class T>
+void linear_few(const Nf4Group& group, const T* x, int64_t m, T* y) {
+    const int64_t k = group.num_inputs;
+    std::vector<float> wide(m * k);
+    for (int64_t i = 0; i < m * k; i += LANES) store(wide.data() + i, load(x + i));
+    parallel(group.num_outputs / BLOCK_N, [&](int64_t first, int64_t last) {
+        for (int64_t block = first; block < last; block++)
+            multiply_few(group, block, wide.data(), m, y, group.num_outputs);
+    });
+}
+
+template <class T>
+void linear(const Nf4Group& group, const T* x, int64_t m, T* y) {
+#if defined(__AVX512BF16__)
+    if constexpr (sizeof(T) == sizeof(BFloat16))
+        if (m > FEW) return linear_many(group, x, m, y);
+#endif
+    linear_few(group, x, m, y);
+}
+
+}  // namespace
+}  // namespace onebase
+
+// y[m, num_outputs] = x[m, num_inputs] · Wᵀ, both of `dtype` and contiguous.
+ONEBASE_EXPORT void onebase_nf4_linear(const onebase::Nf4Group* group, const void* x, int64_t m, void* y, int32_t dtype) {
+    onebase::dispatch(dtype, [&]<class T>() {
+        onebase::linear(*group, static_cast<const T*>(x), m, static_cast<T*>(y));
+    });
+}
+
+// Whether this machine and its kernel let the library run as compiled; called once, before anything else.
+ONEBASE_EXPORT int32_t onebase_start() {
+#if defined(__AMX_BF16__)
+    return onebase::request_tiles();
+#else
+    return 1;
+#endif
 }

@@ -1,0 +1,95 @@
+"""Compiles the C++ ops, once for each instruction set; run by the package's build, or by hand after a change.
+
+    python kernels/onebase_kernels/cpu/build.py
+
+It needs nothing but a C++20 compiler (CXX, g++ or clang++). Where there is none it says so and builds nothing: the
+torch back ends serve then, and `onebase doctor` tells. It knows which variants exist; `library.py` chooses among them.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SOURCES = tuple(sorted(path.name for path in HERE.glob("*.cpp")))
+OUTPUT = HERE / "lib"
+
+VARIANTS: Mapping[str, tuple[str, ...]] = {
+    "amx": ("-march=sapphirerapids",),
+    "avx512_bf16": ("-march=cooperlake",),
+    "avx512": ("-march=skylake-avx512",),
+    "avx2": ("-march=haswell",),
+    "portable": (),
+}
+"""Compiler flags of each variant, the fastest first; machines that are not x86-64 get the last one only."""
+
+FLAGS = (
+    *("-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-fvisibility=hidden"),
+    *("-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"),  # gcc 12's own intrinsics trip the last one
+)
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler to use: CXX if set, else g++ or clang++; None if there is none."""
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    return next(filter(None, map(shutil.which, candidates)), None)
+
+
+def library_path(variant: str) -> Path:
+    """Where a variant's library lies."""
+    return OUTPUT / f"onebase_cpu_{variant}.so"
+
+
+def variants_here() -> list[str]:
+    """The variants that make sense on this kind of machine."""
+    return list(VARIANTS) if platform.machine() in ("x86_64", "AMD64") else ["portable"]
+
+
+def build(compiler: str) -> list[Path]:
+    """Compile all variants, as many at a time as there are cores; raises CalledProcessError if one does not compile."""
+    OUTPUT.mkdir(exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda variant: _build_variant(compiler, variant), variants_here()))
+
+
+def _build_variant(compiler: str, variant: str) -> Path:
+    path = library_path(variant)
+    if _is_current(path):
+        return path
+    objects = []
+    for source in SOURCES:
+        target = OUTPUT / f"{variant}_{Path(source).stem}.o"
+        command = [compiler, *FLAGS, *VARIANTS[variant], "-c", str(HERE / source), "-o", str(target)]
+        subprocess.run(command, check=True)
+        objects.append(target)
+    # Linked without an OpenMP runtime of its own, see parallel.h; renamed into place, for it may be in use.
+    unfinished = path.with_suffix(".unfinished")
+    subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(unfinished)], check=True)
+    unfinished.replace(path)
+    for target in objects:
+        target.unlink()
+    return path
+
+
+def _is_current(path: Path) -> bool:
+    sources = [HERE / "build.py", *HERE.glob("*.cpp"), *HERE.glob("*.h")]
+    return path.is_file() and path.stat().st_mtime >= max(source.stat().st_mtime for source in sources)
+
+
+def main() -> None:
+    """Build what a compiler can be found for."""
+    compiler = find_compiler()
+    if compiler is None:
+        print("No C++ compiler: Onebase's CPU kernels are not built, its torch back ends will serve.", file=sys.stderr)
+        return
+    for path in build(compiler):
+        print(path.relative_to(HERE))
+
+
+if __name__ == "__main__":
+    main()

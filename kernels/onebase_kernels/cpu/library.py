@@ -1,0 +1,97 @@
+"""Loads the C++ ops: the fastest variant that this machine can run, and their C interface for Python.
+
+Threads are torch's own: the library's OpenMP calls bind to the runtime that `import torch` has put into the process.
+"""
+
+import ctypes
+import platform
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from onebase_kernels.cpu.build import VARIANTS, library_path
+
+_CPU_FLAGS: Mapping[str, frozenset[str]] = {
+    "amx": frozenset({"amx_tile", "amx_bf16", "avx512_bf16", "avx512bw", "avx512vl", "avx512dq"}),
+    "avx512_bf16": frozenset({"avx512_bf16", "avx512bw", "avx512vl", "avx512dq"}),
+    "avx512": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"}),
+    "avx2": frozenset({"avx2", "fma", "bmi1", "bmi2", "f16c"}),
+    "portable": frozenset(),
+}
+"""What /proc/cpuinfo must list for each variant."""
+
+FLOAT32, BFLOAT16 = 0, 1
+"""Element types in the C interface; simd.h has the same numbers."""
+DTYPES: Mapping[torch.dtype, int] = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+
+Pointer = ctypes.c_void_p
+Int = ctypes.c_int64
+Code = ctypes.c_int32
+Float = ctypes.c_float
+
+
+class Nf4Slice(ctypes.Structure):
+    """nf4_linear.cpp: one weight of a group."""
+
+    _fields_ = (("nested_absmax", Pointer), ("offset", Float), ("num_outputs", Int))
+
+
+class Nf4Group(ctypes.Structure):
+    """nf4_linear.cpp: the weights of a projection group, packed."""
+
+    _fields_ = (
+        ("codes", Pointer),
+        ("scales", Pointer),
+        ("quant_map", Pointer),
+        ("slices", Pointer),
+        ("num_slices", Int),
+        ("num_outputs", Int),
+        ("num_inputs", Int),
+    )
+
+
+_SIGNATURES: Mapping[str, tuple[object, ...]] = {
+    "onebase_nf4_linear": (Pointer, Pointer, Int, Pointer, Code),
+}
+
+
+class LibraryUnavailable(Exception):
+    """No variant can run here; the text says why."""
+
+
+@cache
+def load_library(variant: str | None = None) -> ctypes.CDLL:
+    """The ops of a variant, by default the fastest that this machine can run; raises LibraryUnavailable."""
+    reasons = []
+    for name in VARIANTS if variant is None else (variant,):
+        if missing := _CPU_FLAGS[name] - cpu_flags():
+            reasons.append(f"{name}: the machine lacks {', '.join(sorted(missing))}")
+            continue
+        if not library_path(name).is_file():
+            reasons.append(f"{name}: not built")
+            continue
+        library = ctypes.CDLL(str(library_path(name)))
+        if library.onebase_start():
+            for function, arguments in _SIGNATURES.items():
+                getattr(library, function).argtypes = arguments
+                getattr(library, function).restype = None
+            return library
+        reasons.append(f"{name}: the kernel does not grant its registers")
+    raise LibraryUnavailable("; ".join(reasons))
+
+
+def runnable_variants() -> list[str]:
+    """The variants that are built and that this machine can run, the fastest first."""
+    return [name for name in VARIANTS if not _CPU_FLAGS[name] - cpu_flags() and library_path(name).is_file()]
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """The features that the first processor lists; none where the system has no /proc/cpuinfo or is not x86-64."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if platform.machine() != "x86_64" or not cpuinfo.is_file():
+        return frozenset()
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
