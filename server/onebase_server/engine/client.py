@@ -38,7 +38,10 @@ FIRST_RESTART_DELAY = 0.1
 LONGEST_RESTART_DELAY = 30.0
 """Seconds between a death and the next start; doubled while the engine dies before it is ready."""
 
-GONE = EngineUnavailable("The engine stopped while this request was running; it is being restarted. Please try again.")
+
+def engine_gone() -> EngineUnavailable:
+    """What requests in flight get when the engine dies; an exception of its own for each."""
+    return EngineUnavailable("The engine stopped while this was running and is being restarted. Please try again.")
 
 
 class EngineClient:
@@ -129,7 +132,7 @@ class EngineClient:
                 output = await outputs.get()
                 if output is None:
                     finished = True
-                    raise GONE
+                    raise engine_gone()
                 finished = output.finish_reason is not None
                 yield output
         finally:
@@ -178,6 +181,7 @@ class EngineClient:
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
+                "-P",  # else a folder called `kernels` in the working directory shadows a package of that name
                 "-m",
                 "onebase_server.engine.process",
                 str(theirs.fileno()),
@@ -232,6 +236,6 @@ class EngineClient:
         for answers in self._attaching.values():
             for answer in answers:
                 if not answer.done():
-                    answer.set_exception(GONE)
+                    answer.set_exception(engine_gone())
         self._attaching.clear()
         return was_ready
