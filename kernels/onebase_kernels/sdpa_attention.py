@@ -35,8 +35,8 @@ class _Call:
     """int64 [P · Q]: the rows of the step."""
     slots: Tensor
     """int64 [P, L]: where each key lies in the cache; a padded one is the piece's last, once more."""
-    visible: Tensor
-    """bool [P, 1, Q, L]: which keys each query sees."""
+    mask: Tensor
+    """[P, 1, Q, L], in the queries' dtype: 0 where a query sees a key, else -∞."""
 
 
 def paged_attention(
@@ -44,10 +44,9 @@ def paged_attention(
 ) -> Tensor:
     """As `reference.paged_attention`."""
     out = torch.empty_like(q)
-    for call in _plan(batch, k_cache.shape[1], window):
-        out[call.rows] = _attend(
-            q.index_select(0, call.rows), k_cache.flatten(0, 1), v_cache.flatten(0, 1), call, scale
-        )
+    k_slots, v_slots = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
+    for call in _plan(batch, k_cache.shape[1], window, q.dtype):
+        out[call.rows] = _attend(q.index_select(0, call.rows), k_slots, v_slots, call, scale)
     return out
 
 
@@ -57,12 +56,12 @@ def _attend(q: Tensor, k_slots: Tensor, v_slots: Tensor, call: _Call, scale: flo
     queries, group = len(q) // pieces, heads // kv_heads
     # The query heads of one KV head become further queries of it: [P, Hkv, group · Q, D].
     folded = q.view(pieces, queries, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
-    visible = call.visible.unsqueeze(2).expand(-1, -1, group, -1, -1)
+    mask = call.mask.unsqueeze(2).expand(-1, -1, group, -1, -1)
     attended = F.scaled_dot_product_attention(
         folded.reshape(pieces, kv_heads, group * queries, head_dim),
         _gather(k_slots, call.slots).transpose(1, 2),
         _gather(v_slots, call.slots).transpose(1, 2),
-        attn_mask=visible.reshape(pieces, 1, group * queries, num_keys),
+        attn_mask=mask.reshape(pieces, 1, group * queries, num_keys),
         scale=scale,
     )
     unfolded = attended.view(pieces, kv_heads, group, queries, head_dim).permute(0, 3, 1, 2, 4)
@@ -75,8 +74,8 @@ def _gather(cache: Tensor, slots: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=4)  # all layers of a step ask the same; models have at most two kinds of window
-def _plan(batch: AttentionBatch, block_size: int, window: int | None) -> tuple[_Call, ...]:
-    return tuple(_call(pieces, batch, block_size, window) for pieces in _alike(_pieces(batch)))
+def _plan(batch: AttentionBatch, block_size: int, window: int | None, dtype: torch.dtype) -> tuple[_Call, ...]:
+    return tuple(_call(pieces, batch, block_size, window, dtype) for pieces in _alike(_pieces(batch)))
 
 
 def _pieces(batch: AttentionBatch) -> Iterator[_Piece]:
@@ -100,7 +99,9 @@ def _alike(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
         yield together
 
 
-def _call(pieces: list[_Piece], batch: AttentionBatch, block_size: int, window: int | None) -> _Call:
+def _call(
+    pieces: list[_Piece], batch: AttentionBatch, block_size: int, window: int | None, dtype: torch.dtype
+) -> _Call:
     device = batch.block_tables.device
     queries = pieces[0].stop - pieces[0].start
     context_lens = torch.tensor([piece.context_len for piece in pieces], device=device).unsqueeze(1)
@@ -109,8 +110,9 @@ def _call(pieces: list[_Piece], batch: AttentionBatch, block_size: int, window: 
     owned = torch.minimum(keys, context_lens - 1)
     blocks = batch.block_tables[[piece.request for piece in pieces]].gather(1, owned // block_size).long()
     query_positions = (context_lens - queries + torch.arange(queries, device=device)).unsqueeze(2)
-    visible = keys.unsqueeze(1) <= query_positions
+    hidden = keys.unsqueeze(1) > query_positions
     if window:
-        visible &= keys.unsqueeze(1) > query_positions - window
+        hidden |= keys.unsqueeze(1) <= query_positions - window
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
     rows = torch.cat([torch.arange(piece.start, piece.stop, device=device) for piece in pieces])
-    return _Call(rows, blocks * block_size + owned % block_size, visible.unsqueeze(1))
+    return _Call(rows, blocks * block_size + owned % block_size, mask.unsqueeze(1))

@@ -1,0 +1,90 @@
+"""NF4 weights in the order in which the C++ kernel reads them; `nf4_linear.cpp` describes it."""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onebase_kernels.cpu.library import Nf4Group, Nf4Slice
+from onebase_kernels.nf4 import BLOCK_SIZE, Nf4Weight
+
+OUTPUTS = 16
+"""Outputs of a tile; its inputs are one block of 64."""
+
+
+@dataclass(frozen=True, eq=False)
+class PackedNf4:
+    """The weights of a projection group, packed: their outputs lie side by side."""
+
+    codes: Tensor
+    """uint8 [ΣN · K / 2]."""
+    scales: Tensor
+    """[ΣN · K / 64]: fp32, or uint8 under double quantisation."""
+    widths: tuple[int, ...]
+    """Outputs of each weight."""
+    in_features: int
+    group: Nf4Group
+    """What C++ gets: addresses of the tensors here and of those in `kept`."""
+    kept: tuple[object, ...]
+    """What `group` points to besides: nested scales and the slices themselves."""
+
+    @property
+    def out_features(self) -> int:
+        """Outputs of all weights together."""
+        return sum(self.widths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        nested = sum(tensor.nbytes for tensor in self.kept if isinstance(tensor, Tensor) and tensor.numel() != 256)
+        return self.codes.nbytes + self.scales.nbytes + nested
+
+
+def can_pack(weights: Sequence[Nf4Weight]) -> bool:
+    """Whether the kernel carries these weights: whole tiles, on the CPU, all with or all without nested scales."""
+    return (
+        all(n % OUTPUTS == 0 and k % BLOCK_SIZE == 0 for n, k in (weight.shape for weight in weights))
+        and all(weight.codes.device.type == "cpu" for weight in weights)
+        and len({weight.nested is None for weight in weights}) == 1
+    )
+
+
+def pack(weights: Sequence[Nf4Weight]) -> PackedNf4:
+    """Pack weights [Nᵢ, K] that share their input; `can_pack` must hold."""
+    in_features = weights[0].shape[1]
+    codes = torch.cat([_pack_codes(weight) for weight in weights])
+    scales = torch.cat([_pack_scales(weight) for weight in weights])
+    widths = tuple(weight.shape[0] for weight in weights)
+    nested = [weight.nested for weight in weights if weight.nested is not None]
+    tables = [scale.absmax.contiguous() for scale in nested]
+    offsets = [float(scale.offset) for scale in nested] or [0.0] * len(weights)
+    quant_map = nested[0].quant_map.contiguous() if nested else None
+    slices = (Nf4Slice * len(weights))(
+        *(Nf4Slice(tables[i].data_ptr() if tables else None, offsets[i], width) for i, width in enumerate(widths))
+    )
+    group = Nf4Group(
+        codes=codes.data_ptr(),
+        scales=scales.data_ptr(),
+        quant_map=quant_map.data_ptr() if quant_map is not None else None,
+        slices=ctypes.addressof(slices),
+        num_slices=len(widths),
+        num_outputs=sum(widths),
+        num_inputs=in_features,
+    )
+    return PackedNf4(codes, scales, widths, in_features, group, (slices, quant_map, *tables))
+
+
+def _pack_codes(weight: Nf4Weight) -> Tensor:
+    n, k = weight.shape
+    nibbles = torch.stack((weight.codes >> 4, weight.codes & 0xF), dim=-1)
+    # [N / 16, half, output, K / 64, inputs / 16, q, parity] -> lanes are (output, parity), nibbles within them q
+    tiles = nibbles.view(n // OUTPUTS, 2, OUTPUTS // 2, k // BLOCK_SIZE, 4, 8, 2).permute(0, 3, 4, 1, 2, 6, 5)
+    low, high = tiles.reshape(-1, 2).unbind(-1)
+    return low | (high << 4)
+
+
+def _pack_scales(weight: Nf4Weight) -> Tensor:
+    n, k = weight.shape
+    return weight.absmax.view(n // OUTPUTS, OUTPUTS, k // BLOCK_SIZE).transpose(1, 2).reshape(-1)
