@@ -9,8 +9,7 @@ from collections import Counter as Tally
 from collections.abc import Iterable
 from typing import Literal, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.exposition import choose_encoder
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from onebase_server.engine.request import EngineStats
 
@@ -194,11 +193,14 @@ class Metrics:
         if self._adapter_labels.forget(adapter):
             self._remove_series(adapter)
 
-    def render(self, accept: str) -> tuple[bytes, str]:
-        """All metrics as text and its media type, in the exposition format that the `Accept` header asks for."""
+    def render(self) -> bytes:
+        """All metrics in Prometheus' text format 0.0.4, which every scraper reads.
+
+        OpenMetrics is not offered: prometheus_client then writes `vllm:` as `vllm_` for a scraper such as Prometheus 2,
+        and what looks for vLLM's names would find nothing.
+        """
         self._set_gauges(self._last)
-        encode, media_type = choose_encoder(accept)
-        return encode(self.registry), media_type
+        return generate_latest(self.registry)
 
     def _set_gauges(self, stats: EngineStats) -> None:
         self._adapter_bytes_used.set(stats.adapter_bytes_used)

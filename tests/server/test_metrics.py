@@ -10,7 +10,7 @@ def metrics() -> Metrics:
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
-    metrics.render("")
+    metrics.render()
     return metrics.registry.get_sample_value(name, labels)
 
 
@@ -44,6 +44,10 @@ def test_vllms_names_tell_the_present_state(metrics):
     assert value(metrics, "vllm:lora_requests_info", **labels) > 1e9
     metrics.on_stats(EngineStats())
     assert value(metrics, "vllm:lora_requests_info", **labels) is None
+
+
+def test_vllms_names_keep_their_colon(metrics):
+    assert b'\nvllm:num_requests_running{model_name="base"} 0.0\n' in metrics.render()
 
 
 def test_adapters_beyond_the_limit_share_one_label(metrics):
@@ -82,4 +86,4 @@ def test_requests_for_the_base_alone_are_in_the_totals_only(metrics):
     metrics.count_request(None, 7, 3)
     assert value(metrics, "onebase_prompt_tokens_total") == 7
     assert value(metrics, "onebase_generated_tokens_total") == 3
-    assert b"onebase_adapter_requests_total{" not in metrics.render("")[0]
+    assert b"onebase_adapter_requests_total{" not in metrics.render()

@@ -2,7 +2,7 @@
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter
-from starlette.requests import Request
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.responses import Response
 
 import onebase_server
@@ -36,9 +36,8 @@ async def version() -> dict[str, str]:
 
 
 @router.get("/metrics")
-async def metrics(request: Request, context: ContextDependency) -> Response:
+async def metrics(context: ContextDependency) -> Response:
     """Everything that is measured, for Prometheus."""
     context.metrics.engine_up.set(context.engine.is_ready)
     context.metrics.published_adapters.set(len(await run_sync(context.store.list_adapters)))
-    body, media_type = context.metrics.render(request.headers.get("accept", ""))
-    return Response(body, headers={"Content-Type": media_type})
+    return Response(context.metrics.render(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
