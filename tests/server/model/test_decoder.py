@@ -1,6 +1,6 @@
 """Our decoder's logits against Transformers', family by family, however prefill is cut."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from bitsandbytes import functional as bnb
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import onebase_kernels as kernels
 from onebase_server.model.weights import load_decoder
 from onebase_server.settings import EngineSettings
 
@@ -58,6 +59,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 32, "attention_bias": True, "tie_word_embeddings": True},
     ),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def served_backend() -> Iterator[None]:
+    """The ops that a server computes with by default."""
+    kernels.use_backend("auto")
+    yield
+    kernels.use_backend("reference")
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
