@@ -1,11 +1,20 @@
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from prometheus_client.metrics_core import Metric
 
 from onebase_server.demo import prepare_demo
+from onebase_server.metrics import Metrics
 
 
 @pytest.fixture(scope="session")
 def demo_base() -> Path:
     """The Hugging Face directory of the demo base, fetched and converted once into the user's cache."""
     return prepare_demo().base
+
+
+@pytest.fixture(scope="session")
+def metric_families() -> Sequence[Metric]:
+    """Every metric that the server offers, with its type and its help."""
+    return list(Metrics(base_name="base", adapter_labels=1, max_adapters=1).registry.collect())
