@@ -6,7 +6,7 @@ import typer
 from typer.core import TyperGroup
 
 from onebase_adapters.adapter import AdapterError
-from onebase_server.commands import adapters
+from onebase_server.commands import adapters, bench
 from onebase_server.commands.demo import demo
 from onebase_server.commands.import_gguf import import_gguf
 from onebase_server.commands.serve import serve
@@ -33,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(bench.app, name="bench")
 app.command()(demo)
 app.command("import-gguf")(import_gguf)
 app.command()(tune)

@@ -1,0 +1,1 @@
+"""`onebase bench`: a load on any OpenAI-style server, and what it measured. It knows servers only over HTTP."""

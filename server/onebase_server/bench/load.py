@@ -1,0 +1,82 @@
+"""The definition of a load: what is sent, when, and how often it is measured. Plain data; it knows no server."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+
+DEFAULT_CONCURRENCY = 16
+
+
+def _split_at_commas(value: Any) -> Any:
+    return value.split(",") if isinstance(value, str) else value
+
+
+Integers = Annotated[tuple[PositiveInt, ...], BeforeValidator(_split_at_commas), Field(min_length=1)]
+"""`8,16,32`."""
+
+
+class Load(BaseModel):
+    """One load. Two loads that are equal send the same requests, whatever the server."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # when
+    concurrency: int | None = Field(
+        None,
+        ge=1,
+        description=f"Requests in flight, each followed by the next; {DEFAULT_CONCURRENCY} unless --rate is given.",
+    )
+    rate: float | None = Field(None, gt=0, description="Requests per second, sent whether or not others are answered.")
+    arrivals: Literal["poisson", "gamma"] = Field("poisson", description="How --rate spreads the requests.")
+    burstiness: float = Field(1.0, gt=0, description="Shape of gamma arrivals: 1 is Poisson, less comes in bursts.")
+
+    # what
+    requests: int = Field(16, ge=1, description="Requests per run.")
+    prompt_tokens: int = Field(64, ge=1, description="Tokens of each prompt.")
+    output_tokens: int = Field(64, ge=1, description="Tokens to generate for each.")
+    shared_prefix: int = Field(0, ge=0, description="How many of the prompt's tokens all requests have in common.")
+    prompt_form: Literal["ids", "text"] = Field("ids", description="Prompts as token ids, or as words.")
+    ignore_eos: bool = Field(True, description="Ask the server not to stop at the end-of-text token.")
+
+    # for whom
+    adapters: int = Field(16, ge=1, description="How many adapters are asked for.")
+    popularity: Literal["none", "same", "distinct", "zipf"] = Field(
+        "distinct", description="Who gets a request: the base, the first adapter, each in turn, or by Zipf's law."
+    )
+    zipf_alpha: float = Field(1.0, ge=0, description="Adapter k is asked for in proportion to k to the power -alpha.")
+
+    # how often
+    warm_up: int = Field(16, ge=0, description="Requests with short answers before the first run, not measured.")
+    runs: int = Field(3, ge=1, description="Runs; medians over them are reported.")
+    seed: int = Field(0, ge=0, description="Same seed, same requests.")
+
+    @property
+    def num_adapters(self) -> int:
+        """How many adapters the load needs: none if only the base is asked."""
+        return 0 if self.popularity == "none" else self.adapters
+
+    @model_validator(mode="before")
+    @classmethod
+    def _close_the_loop(cls, data: Any) -> Any:
+        """Without a rate there is a concurrency, which the results then name."""
+        if isinstance(data, dict) and data.get("rate") is None and data.get("concurrency") is None:
+            return {**data, "concurrency": DEFAULT_CONCURRENCY}
+        return data
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.rate is not None and self.concurrency is not None:
+            raise ValueError("--rate sends without waiting for answers and --concurrency waits for them: give one.")
+        if self.burstiness != 1 and (self.rate is None or self.arrivals != "gamma"):
+            raise ValueError("--burstiness is the shape of --arrivals gamma, which needs a --rate.")
+        if self.shared_prefix > self.prompt_tokens:
+            raise ValueError("--shared-prefix cannot be longer than --prompt-tokens.")
+        return self
+
+
+class Sweep(BaseModel):
+    """What `onebase bench scale` varies."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    counts: Integers = Field((1, 5, 50), description="Numbers of adapters to measure with, up to thousands.")

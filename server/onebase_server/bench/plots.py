@@ -1,0 +1,66 @@
+"""Measurements as PNG plots, by matplotlib."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from onebase_server.bench.measure import Measurement
+from onebase_server.bench.scale import Series
+from onebase_server.bench.summary import inter_token_seconds
+
+DOTS_PER_INCH = 120
+
+
+def plot_latencies(path: Path, measurement: Measurement) -> None:
+    """What share of first tokens, of gaps between chunks and of answers took at most how long; all runs together."""
+    answers = [answer for answer in measurement.answers if answer.error is None]
+    panels = {
+        "time to first token": [a.chunk_times[0] - a.sent_at for a in answers if a.chunk_times],
+        "inter-token latency": inter_token_seconds(answers),
+        "end-to-end latency": [a.ended_at - a.sent_at for a in answers],
+    }
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    for axes, (title, seconds) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
+        if seconds:
+            axes.ecdf(np.multiply(seconds, 1e3))
+        axes.set(title=title, xlabel="milliseconds")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("share")
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
+def plot_series(path: Path, series: Series) -> None:
+    """Throughput, with bars for the range over the runs, and the 99th percentiles, against what was varied."""
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    throughput, latency = figure.subplots(1, 2)
+    _plot_throughput(throughput, series)
+    _plot_p99(latency, series)
+    for axes in figure.axes:
+        axes.set_xscale("log")
+        axes.set_xticks(series.values, labels=map(str, series.values))
+        axes.minorticks_off()
+        axes.set_xlabel(series.varied)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
+def _plot_throughput(axes: Axes, series: Series) -> None:
+    medians = np.array([m.median.output_tokens_per_second for m in series.measurements])
+    lowest = np.array([min(run.output_tokens_per_second for run in m.runs) for m in series.measurements])
+    highest = np.array([max(run.output_tokens_per_second for run in m.runs) for m in series.measurements])
+    axes.errorbar(series.values, medians, yerr=(medians - lowest, highest - medians), marker="o", capsize=3)
+    axes.set_ylabel("output tokens/s")
+
+
+def _plot_p99(axes: Axes, series: Series) -> None:
+    named = {
+        "inter-token latency": [m.median.inter_token_latency for m in series.measurements],
+        "time to first token": [m.median.time_to_first_token for m in series.measurements],
+    }
+    for name, percentiles in named.items():
+        axes.plot(series.values, [np.nan if p is None else p.p99 * 1e3 for p in percentiles], marker="o", label=name)
+    axes.set_ylabel("p99, milliseconds")
+    axes.legend()

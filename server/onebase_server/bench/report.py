@@ -1,0 +1,140 @@
+"""Measurements as a table for the terminal and as JSON for whoever compares them later."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from onebase_server.bench.machine import Machine, describe_versions
+from onebase_server.bench.measure import Measurement
+from onebase_server.bench.memory import TreeMemory
+from onebase_server.bench.scale import Series
+from onebase_server.bench.summary import Percentiles, RunSummary
+from onebase_server.bench.target import Target
+
+UNKNOWN = "?"
+FORMAT = 1
+"""Raise it when a field of the JSON changes its meaning."""
+
+
+_THROUGHPUT = {
+    "output tokens/s": "output_tokens_per_second",
+    "total tokens/s": "total_tokens_per_second",
+    "requests/s": "requests_per_second",
+    "wall seconds": "wall_seconds",
+    "client cpu seconds": "client_cpu_seconds",
+}
+
+
+def throughput_table(measurement: Measurement) -> Table:
+    """The medians, with the range over the runs."""
+    table = Table(title=f"Runs: {measurement.load.runs}", title_justify="left")
+    table.add_column("")
+    for heading in ("median", "lowest", "highest"):
+        table.add_column(heading, justify="right")
+    for name, field in _THROUGHPUT.items():
+        values = [getattr(run, field) for run in measurement.runs]
+        median = getattr(measurement.median, field)
+        table.add_row(name, *(f"{value:,.2f}" for value in (median, min(values), max(values))))
+    return table
+
+
+def latency_table(median: RunSummary) -> Table:
+    """Percentiles in milliseconds."""
+    table = Table(title="Milliseconds", title_justify="left")
+    table.add_column("")
+    for heading in ("p50", "p90", "p99"):
+        table.add_column(heading, justify="right")
+    for name, percentiles in _latencies(median):
+        table.add_row(name, *map(_milliseconds, (percentiles.p50, percentiles.p90, percentiles.p99)))
+    return table
+
+
+def memory_table(memory: TreeMemory) -> Table:
+    """By process, in MiB."""
+    table = Table(title="Memory at its largest, MiB", title_justify="left", show_footer=True)
+    table.add_column("process", footer="all", overflow="ellipsis", max_width=60, no_wrap=True)
+    table.add_column("RSS", footer=_mebibytes(memory.rss), justify="right")
+    table.add_column("PSS", footer=_mebibytes(memory.pss), justify="right")
+    for process in memory.processes:
+        table.add_row(process.command, _mebibytes(process.rss), _mebibytes(process.pss))
+    return table
+
+
+def describe_target(target: Target) -> dict[str, Any]:
+    """Which server it was; no keys."""
+    return {"url": target.url, "model": target.model, "command": target.command}
+
+
+def describe_measurement(measurement: Measurement) -> dict[str, Any]:
+    """All figures of a measurement."""
+    memory = measurement.memory
+    return {
+        "load": measurement.load.model_dump(),
+        "median": asdict(measurement.median),
+        "runs": [asdict(run) for run in measurement.runs],
+        "memory": memory and {"rss": memory.rss, "pss": memory.pss, "processes": asdict(memory)["processes"]},
+        "notes": measurement.notes,
+    }
+
+
+def write_json(path: Path, machine: Machine, target: Target, results: dict[str, Any]) -> None:
+    """Write results with what they were measured on."""
+    document = {
+        "format": FORMAT,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": asdict(machine),
+        "versions": describe_versions(),
+        "server": describe_target(target),
+        **results,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def series_table(series: Series) -> Table:
+    """A line for each value of what was varied."""
+    table = Table(title=f"Medians by {series.varied}", title_justify="left")
+    latencies = ("TTFT p50 ms", "TTFT p99 ms", "ITL p50 ms", "ITL p99 ms", "latency p99 ms")
+    for name in (series.varied, "output tokens/s", *latencies, "PSS MiB"):
+        table.add_column(name, justify="right")
+    for value, measurement in zip(series.values, series.measurements, strict=True):
+        median, memory = measurement.median, measurement.memory
+        ttft, itl = median.time_to_first_token, median.inter_token_latency
+        table.add_row(
+            str(value),
+            f"{median.output_tokens_per_second:,.2f}",
+            *((_milliseconds(ttft.p50), _milliseconds(ttft.p99)) if ttft else (UNKNOWN, UNKNOWN)),
+            *((_milliseconds(itl.p50), _milliseconds(itl.p99)) if itl else (UNKNOWN, UNKNOWN)),
+            _milliseconds(median.latency.p99),
+            _mebibytes(memory.pss if memory else None),
+        )
+    return table
+
+
+def describe_series(series: Series) -> dict[str, Any]:
+    """All figures of a series, in the order of its values."""
+    points = zip(series.values, series.measurements, strict=True)
+    return {"varied": series.varied, "points": [{"value": v, **describe_measurement(m)} for v, m in points]}
+
+
+def _latencies(summary: RunSummary) -> Iterator[tuple[str, Percentiles]]:
+    named = {
+        "time to first token": summary.time_to_first_token,
+        "inter-token latency": summary.inter_token_latency,
+        "time per output token": summary.time_per_output_token,
+        "end-to-end latency": summary.latency,
+    }
+    yield from ((name, percentiles) for name, percentiles in named.items() if percentiles is not None)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.1f}"
+
+
+def _mebibytes(count: int | None) -> str:
+    return UNKNOWN if count is None else f"{count / 2**20:,.0f}"

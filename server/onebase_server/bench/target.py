@@ -1,0 +1,110 @@
+"""What a load is sent to: a server's address, its adapters, and prompts that suit its vocabulary."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from onebase_server.bench.dialects import DIALECTS, Dialect, Served, discover
+from onebase_server.bench.load import Load
+from onebase_server.bench.own_server import start_server
+from onebase_server.bench.prompts import Prompts, TextPrompts, TokenIdPrompts
+from onebase_server.bench.server_choice import ServerChoice
+from onebase_server.errors import ConfigurationError
+from onebase_server.model.tokenizer import Tokenizer
+
+
+class AdapterSource(Protocol):
+    """Where a load's adapters come from."""
+
+    def names(self, count: int, ranks: Sequence[int]) -> list[str]:
+        """`count` adapters to ask for, of `ranks` in turn where that can be chosen."""
+
+
+@dataclass(frozen=True)
+class ServedAdapters:
+    """Those that a running server has; their ranks are what they are."""
+
+    served: Served
+
+    def names(self, count: int, ranks: Sequence[int]) -> list[str]:
+        """The first `count`; raises ConfigurationError if there are fewer."""
+        if count > len(self.served.adapters):
+            raise ConfigurationError(
+                f"The server has {len(self.served.adapters)} adapters, but the load asks for {count}. Publish more, "
+                "or give --adapters, or --popularity none to ask the base alone."
+            )
+        return list(self.served.adapters[:count])
+
+
+@dataclass(frozen=True)
+class Target:
+    """A server that is ready for a load."""
+
+    url: str
+    model: str
+    dialect: Dialect
+    prompts: Prompts
+    adapters: AdapterSource
+    api_key: str | None = field(repr=False)
+    pid: int | None
+    command: tuple[str, ...] | None = None
+    """With which it was started here."""
+
+
+@contextmanager
+def open_target(choice: ServerChoice, load: Load) -> Iterator[Target]:
+    """The chosen server, with room for `load.num_adapters`; one of our own is stopped when the block ends.
+
+    Raises:
+        ConfigurationError: it cannot be reached or started, or is not what the load needs.
+    """
+    if choice.url is not None:
+        yield _running_target(choice, choice.url, load)
+        return
+    base = choice.base if choice.base is not None else _demo_base()
+    if not base.is_dir():
+        raise ConfigurationError(f"--base {base} is not a directory.")
+    running_adapters = min(load.num_adapters, load.concurrency or load.requests)
+    with start_server(
+        base, choice.serve_arguments, running_adapters=running_adapters, max_rank=max(choice.ranks), seed=load.seed
+    ) as server:
+        yield Target(
+            url=server.url,
+            model=server.base_name,
+            dialect=DIALECTS["openai"],
+            prompts=_prompts(load, server.config.vocab_size, base),
+            adapters=server.adapters,
+            api_key=choice.key,
+            pid=server.pid,
+            command=server.command,
+        )
+
+
+def _running_target(choice: ServerChoice, url: str, load: Load) -> Target:
+    dialect = DIALECTS[choice.dialect]
+    served = discover(dialect, url, choice.key)
+    return Target(
+        url=url,
+        model=choice.model or served.model,
+        dialect=dialect,
+        prompts=_prompts(load, choice.vocab_size, choice.tokenizer),
+        adapters=ServedAdapters(served),
+        api_key=choice.key,
+        pid=choice.server_pid,
+    )
+
+
+def _prompts(load: Load, vocab_size: int, tokenizer: Path | None) -> Prompts:
+    if load.prompt_form == "ids":
+        return TokenIdPrompts.of_vocabulary(vocab_size)
+    if tokenizer is None:
+        raise ConfigurationError("--prompt-form text needs --tokenizer, to make texts of a known length.")
+    return TextPrompts(Tokenizer.from_directory(tokenizer))
+
+
+def _demo_base() -> Path:
+    from onebase_server.demo import prepare_demo  # here, for it is needed with --demo only
+
+    return prepare_demo().base

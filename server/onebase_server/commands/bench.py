@@ -1,0 +1,119 @@
+"""`onebase bench` and `onebase bench scale`."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from onebase_server.bench.load import Load, Sweep
+from onebase_server.bench.server_choice import ServerChoice
+from onebase_server.commands.model_flags import flag_of, read_flags, with_flags
+from onebase_server.errors import ConfigurationError
+
+app = typer.Typer()
+
+EXTRA_PACKAGES = ("matplotlib", "psutil")
+DEFAULT_OUTPUT = Path("bench-results")
+
+OutputOption = Annotated[Path, typer.Option(help="Directory for the JSON and PNG files.", file_okay=False)]
+
+console = Console(highlight=False)
+
+
+@app.callback(invoke_without_command=True)
+@with_flags(ServerChoice, Load)
+def bench(context: typer.Context, output: OutputOption = DEFAULT_OUTPUT, **flags: Any) -> None:
+    """Put a server under load; print what it measured, and write it as JSON and as a plot.
+
+    The server is a running one (--url), or one that is started for it (--demo, --base) and gets random adapters.
+    A key is read from ONEBASE_API_KEY.
+    """
+    if context.invoked_subcommand is not None:
+        _refuse_misplaced(flags)
+        return
+    _require_extra()
+    from onebase_server.bench import plots, report
+    from onebase_server.bench.machine import describe_machine
+    from onebase_server.bench.measure import measure, request_progress
+    from onebase_server.bench.target import open_target
+
+    choice, load = read_flags(ServerChoice, flags), read_flags(Load, flags)
+    machine = describe_machine()
+    with console.status("Preparing the server …") as status, open_target(choice, load) as target:
+        adapters = target.adapters.names(load.num_adapters, choice.ranks)
+        status.stop()
+        with request_progress("Requests", load) as on_answer:
+            measurement = measure(target, load, adapters, on_answer)
+    console.print(report.throughput_table(measurement), report.latency_table(measurement.median))
+    if measurement.memory is not None:
+        console.print(report.memory_table(measurement.memory))
+    _print_notes(measurement.notes)
+    path = _new_file(output, "load")
+    report.write_json(path, machine, target, report.describe_measurement(measurement))
+    plots.plot_latencies(path.with_suffix(".png"), measurement)
+    console.print(f"Written: {path} and its .png")
+
+
+@app.command()
+@with_flags(Sweep, ServerChoice, Load)
+def scale(output: OutputOption = DEFAULT_OUTPUT, **flags: Any) -> None:
+    """Measure throughput and latency against the number of adapters, and against each of --ranks by itself.
+
+    The number of adapters takes the place of --adapters, which holds for the ranks; --popularity is zipf by default. A
+    running server's adapters have the ranks that they have, so there only their number is varied.
+    """
+    _require_extra()
+    from onebase_server.bench import plots, report
+    from onebase_server.bench.machine import describe_machine
+    from onebase_server.bench.scale import measure_by_count, measure_by_rank
+    from onebase_server.bench.target import open_target
+
+    flags["popularity"] = flags["popularity"] or "zipf"
+    sweep, choice, load = read_flags(Sweep, flags), read_flags(ServerChoice, flags), read_flags(Load, flags)
+    if load.popularity == "none":
+        raise ConfigurationError("bench scale varies the adapters, so --popularity none makes no sense there.")
+    machine = describe_machine()
+    largest = load.model_copy(update={"adapters": max(*sweep.counts, load.adapters)})
+    with console.status("Preparing the server …") as status, open_target(choice, largest) as target:
+        status.stop()
+        series = [measure_by_count(target, load, sweep, choice.ranks)]
+        if choice.url is None:
+            series.append(measure_by_rank(target, load, choice.ranks))
+    path = _new_file(output, "scale")
+    report.write_json(path, machine, target, {"series": [report.describe_series(one) for one in series]})
+    for one in series:
+        console.print(report.series_table(one))
+        _print_notes(dict.fromkeys(note for measurement in one.measurements for note in measurement.notes))
+        plots.plot_series(path.with_name(f"{path.stem}-{one.file_suffix}.png"), one)
+    console.print(f"Written: {path} and a .png for each table")
+
+
+def _refuse_misplaced(flags: dict[str, Any]) -> None:
+    """Flags between `bench` and its subcommand would be lost in silence."""
+    given = [flag_of(name) for name, value in flags.items() if value is not None]
+    if given:
+        raise ConfigurationError(
+            f"{', '.join(given)} must stand behind the subcommand: onebase bench scale {given[0]} …"
+        )
+
+
+def _require_extra() -> None:
+    missing = [package for package in EXTRA_PACKAGES if find_spec(package) is None]
+    if missing:
+        raise ConfigurationError(
+            f"Benchmarks need packages that are not installed ({', '.join(missing)}): pip install 'onebase[bench]'."
+        )
+
+
+def _new_file(directory: Path, kind: str) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory / f"{datetime.now():%Y-%m-%d-%H%M%S}-{kind}.json"
+
+
+def _print_notes(notes: Sequence[str] | dict[str, None]) -> None:
+    for note in notes:
+        console.print(f"Note: {note}", markup=False, soft_wrap=True)
