@@ -8,6 +8,7 @@ import asyncio
 import ssl
 import time
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit
 
 import httptools
@@ -45,7 +46,7 @@ class _Usage(msgspec.Struct):
 class _Chunk(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 _decode_chunk = msgspec.json.Decoder(_Chunk).decode
@@ -106,8 +107,8 @@ class _Stream(asyncio.Protocol):
         self._now = time.perf_counter()
         try:
             self._parser.feed_data(data)
-        except (httptools.HttpParserError, msgspec.DecodeError) as error:
-            self._end(f"not a stream of completions: {error}")
+        except httptools.HttpParserError as error:  # its own, or around what a callback raised
+            self._end(f"not a stream of completions: {error.__context__ or error}")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is closed, which is too early unless the response has ended."""
@@ -135,7 +136,7 @@ class _Stream(asyncio.Protocol):
 
     def _note(self, chunk: _Chunk) -> None:
         if chunk.error is not None:
-            self._end(bytes(chunk.error)[:MAX_ERROR_LENGTH].decode(errors="replace"))
+            self._end(msgspec.json.encode(chunk.error).decode()[:MAX_ERROR_LENGTH])
         if chunk.usage is not None:
             self._answer.prompt_tokens = chunk.usage.prompt_tokens
             self._answer.output_tokens = chunk.usage.completion_tokens
