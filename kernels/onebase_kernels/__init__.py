@@ -11,18 +11,24 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 from onebase_kernels import reference
 from onebase_kernels.batch import AttentionBatch, Segment
-from onebase_kernels.nf4 import NestedScales, Nf4Weight, dequantize_nf4, quantize_nf4
+from onebase_kernels.cpu.library import LibraryUnavailable, load_library
+from onebase_kernels.nf4 import NestedScales, Nf4Group, Nf4Weight, PackedNf4, dequantize_nf4, quantize_nf4
 
 __all__ = [
     "AttentionBatch",
     "BackendName",
+    "LibraryUnavailable",
     "NestedScales",
+    "Nf4Group",
     "Nf4Weight",
+    "PackedNf4",
     "Segment",
     "add_lora_",
     "apply_rope_",
+    "best_backend",
     "dequantize_nf4",
     "nf4_linear",
+    "pack_nf4",
     "paged_attention",
     "quantize_nf4",
     "rms_norm",
@@ -31,14 +37,14 @@ __all__ = [
     "write_kv_",
 ]
 
-BackendName = Literal["reference", "bitsandbytes"]
+BackendName = Literal["reference", "bitsandbytes", "cpu"]
 
 # The modules that are asked for each op, fastest first.
 _CHAINS: dict[BackendName, tuple[str, ...]] = {
     "reference": ("reference",),
     "bitsandbytes": ("bitsandbytes_backend", "reference"),
+    "cpu": ("cpu.backend", "reference"),
 }
-_AUTO: BackendName = "bitsandbytes"
 
 _active: dict[str, Callable[..., Any]] = {}
 
@@ -58,6 +64,7 @@ def _dispatched(definition: Callable[P, R]) -> Callable[P, R]:
     return op
 
 
+pack_nf4 = _dispatched(reference.pack_nf4)
 nf4_linear = _dispatched(reference.nf4_linear)
 add_lora_ = _dispatched(reference.add_lora_)
 write_kv_ = _dispatched(reference.write_kv_)
@@ -66,16 +73,30 @@ rms_norm = _dispatched(reference.rms_norm)
 apply_rope_ = _dispatched(reference.apply_rope_)
 silu_mul = _dispatched(reference.silu_mul)
 
-_OPS = (nf4_linear, add_lora_, write_kv_, paged_attention, rms_norm, apply_rope_, silu_mul)
+_OPS = (pack_nf4, nf4_linear, add_lora_, write_kv_, paged_attention, rms_norm, apply_rope_, silu_mul)
 
 
-def use_backend(name: BackendName | Literal["auto"]) -> BackendName:
-    """Let that back end compute from now on, in the whole process; returns the name that `auto` stands for."""
-    chosen = _AUTO if name == "auto" else name
+def use_backend(name: BackendName | Literal["auto"], device_type: str = "cpu") -> BackendName:
+    """Let that back end compute from now on, in the whole process; returns the name that `auto` stands for.
+
+    To be chosen before weights are packed. Raises LibraryUnavailable if `cpu` is asked for and cannot run here.
+    """
+    chosen = best_backend(device_type) if name == "auto" else name
     modules = [importlib.import_module(f"{__name__}.{module}") for module in _CHAINS[chosen]]
     for op in _OPS:
         _active[op.__name__] = next(getattr(module, op.__name__) for module in modules if hasattr(module, op.__name__))
     return chosen
+
+
+def best_backend(device_type: str) -> BackendName:
+    """The fastest back end for a kind of device, `cpu` or `cuda`, that can run here."""
+    if device_type == "cpu":
+        try:
+            load_library()
+        except LibraryUnavailable:
+            return "bitsandbytes"
+        return "cpu"
+    return "bitsandbytes"
 
 
 use_backend("reference")

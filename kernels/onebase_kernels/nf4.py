@@ -4,8 +4,10 @@ Every bit is what bitsandbytes' `quantize_4bit(weight, quant_type="nf4", blocksi
 `compress_statistics` (double quantisation). Work goes in chunks, so that the peak is the result and a few MiB.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -84,6 +86,53 @@ class Nf4Weight:
         values = self.nested.quant_map[self.absmax.int()]
         per_block = self.nested.absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: values.numel()]
         return values * per_block + self.nested.offset
+
+
+class PackedNf4(Protocol):
+    """The weights of a projection group in the order in which one back end wants to read them; others cannot."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Outputs of each weight."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights that they stand for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Nf4Group:
+    """The weights of a projection group as they are: the packing of the torch back ends."""
+
+    weights: tuple[Nf4Weight, ...]
+    """[Nᵢ, K] each."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Outputs of each weight."""
+        return tuple(weight.shape[0] for weight in self.weights)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return sum(weight.nbytes for weight in self.weights)
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights that they stand for."""
+        return sum(weight.shape[0] * weight.shape[1] for weight in self.weights)
+
+
+def join_linears(packed: PackedNf4, linear: Callable[[Nf4Weight], Tensor]) -> Tensor:
+    """`linear` of each weight of an `Nf4Group`, [T, Nᵢ], side by side: [T, ΣNᵢ]."""
+    if not isinstance(packed, Nf4Group):
+        raise TypeError("These NF4 weights were packed by another back end; choose the back end before loading.")
+    outputs = [linear(weight) for weight in packed.weights]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
 def quantize_nf4(weight: Tensor, double_quant: bool = True) -> Nf4Weight:

@@ -10,12 +10,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from onebase_kernels.batch import AttentionBatch, Segment
-from onebase_kernels.nf4 import Nf4Weight, dequantize_nf4
+from onebase_kernels.nf4 import Nf4Group, Nf4Weight, PackedNf4, dequantize_nf4, join_linears
 
 
-def nf4_linear(x: Tensor, weight: Nf4Weight, bias: Tensor | None = None) -> Tensor:
-    """`y = x Wᵀ + b`: x [T, K], W [N, K] in NF4, b [N] → y [T, N], in x's dtype."""
-    return F.linear(x, dequantize_nf4(weight, x.dtype), bias)
+def pack_nf4(weights: Sequence[Nf4Weight]) -> PackedNf4:
+    """Weights [Nᵢ, K] of a projection group, once at load, in the order in which `nf4_linear` reads them fastest."""
+    return Nf4Group(tuple(weights))
+
+
+def nf4_linear(x: Tensor, packed: PackedNf4) -> Tensor:
+    """`yᵢ = x Wᵢᵀ`, side by side: x [T, K], Wᵢ [Nᵢ, K] in NF4 → y [T, ΣNᵢ], in x's dtype.
+
+    `packed` is what the same back end's `pack_nf4` made of the weights.
+    """
+    return join_linears(packed, lambda weight: F.linear(x, dequantize_nf4(weight, x.dtype)))
 
 
 def add_lora_(

@@ -11,7 +11,7 @@
     ├── AdapterDoesNotFit 507          an adapter is larger than the whole adapter memory
     └── ConfigurationError 500         the command line, the base model or a file is wrong; seen at start-up only
 
-What can be wrong with an adapter is a tree of its own, `onebase_adapters.adapter.AdapterError`, with the same two words.
+What can be wrong with an adapter is a tree of its own, `onebase_adapters.adapter.AdapterError`, with the same words.
 """
 
 from typing import ClassVar

@@ -31,7 +31,7 @@ class EngineSettings(BaseModel):
     double_quant: bool = Field(True, description="Quantise the NF4 block scales too (4.127 bits a parameter).")
     dtype: Literal["bfloat16", "float32", "float16"] = Field("bfloat16", description="Compute and KV dtype.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute.")
-    kernels: Literal["auto", "bitsandbytes", "reference"] = Field("auto", description="Which kernels compute.")
+    kernels: Literal["auto", "cpu", "bitsandbytes", "reference"] = Field("auto", description="Which kernels compute.")
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine; by default all cores.")
 
     # how much to hold

@@ -1,5 +1,6 @@
 """Norm, rope, activation and cache writes against Transformers' and torch's own."""
 
+import pytest
 import torch
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
@@ -7,18 +8,21 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 import onebase_kernels as kernels
 
 
-def test_rms_norm_is_llamas_in_every_dtype(backend: str) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        norm = LlamaRMSNorm(24, eps=1e-5).to(dtype)
-        norm.weight.data.normal_()
-        x = torch.randn(5, 3, 24).to(dtype)
-        assert torch.equal(kernels.rms_norm(x, norm.weight.data, 1e-5), norm(x).detach())
+@pytest.mark.parametrize("rows", [1, 1200])
+@pytest.mark.parametrize(("dtype", "one_ulp"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+def test_rms_norm_is_llamas(backend: str, dtype: torch.dtype, one_ulp: float, rows: int) -> None:
+    norm = LlamaRMSNorm(40, eps=1e-5).to(dtype)
+    norm.weight.data.normal_()
+    x = torch.randn(rows, 3, 40).to(dtype)
+    expected = norm(x).detach()
+    torch.testing.assert_close(kernels.rms_norm(x, norm.weight.data, 1e-5), expected, rtol=one_ulp, atol=1e-6)
 
 
-def test_rope_rotates_q_and_k_in_place_even_when_they_are_slices(backend: str) -> None:
-    qkv = torch.randn(7, 5, 16)
+@pytest.mark.parametrize("head_size", [16, 64])
+def test_rope_rotates_q_and_k_in_place_even_when_they_are_slices(backend: str, head_size: int) -> None:
+    qkv = torch.randn(7, 5, head_size)
     q, k, v = torch.split(qkv, [3, 1, 1], dim=1)
-    angles = torch.rand(7, 8) * 6
+    angles = torch.rand(7, head_size // 2) * 6
     cos, sin = (torch.cat([f(angles)] * 2, dim=-1).unsqueeze(0) for f in (torch.cos, torch.sin))
     expected = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
     before = v.clone()
@@ -38,8 +42,9 @@ def test_rope_in_bfloat16_rounds_once(backend: str) -> None:
 
 
 def test_silu_mul_gates_the_upper_half(backend: str) -> None:
-    gate_up = torch.randn(4, 20)
-    torch.testing.assert_close(kernels.silu_mul(gate_up), F.silu(gate_up[:, :10]) * gate_up[:, 10:])
+    gate_up = 8 * torch.randn(4, 100)
+    gate_up[0, :2] = torch.tensor([-200.0, 200.0])  # where e^x leaves the range of fp32
+    torch.testing.assert_close(kernels.silu_mul(gate_up), F.silu(gate_up[:, :50]) * gate_up[:, 50:])
 
 
 def test_write_kv_writes_its_slots_and_nothing_else(backend: str) -> None:

@@ -21,18 +21,21 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 8, 9, 33])
-@pytest.mark.parametrize("shape", [(64, 64), (96, 192), (40, 128), (33, 160)])
-def test_nf4_linear_is_the_product_with_the_dequantised_weight(
-    backend: str, shape: tuple[int, int], rows: int, with_bias: bool, double_quant: bool
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 15, 16, 33, 97, 200])
+@pytest.mark.parametrize(
+    ("widths", "in_features"),
+    [((64,), 64), ((96, 32, 32), 192), ((16, 48), 2112), ((40,), 128), ((33, 64), 160)],
+    ids=["one tile row", "a group", "nested scales that change within rows", "odd width", "odd widths and inputs"],
+)
+def test_nf4_linear_is_the_product_with_the_dequantised_weights(
+    backend: str, widths: tuple[int, ...], in_features: int, rows: int, double_quant: bool
 ) -> None:
-    weight = quantize_nf4(random(*shape) * 0.02, double_quant)
-    bias = random(shape[0], seed=1) if with_bias else None
-    x = random(rows, shape[1], seed=2)
-    expected = torch.nn.functional.linear(x, dequantize_nf4(weight, torch.float32), bias)
-    assert relative_error(kernels.nf4_linear(x, weight, bias), expected) < 1e-5
-    half = kernels.nf4_linear(x.bfloat16(), weight, None if bias is None else bias.bfloat16())
+    weights = [quantize_nf4(random(n, in_features, seed=n) * 0.02, double_quant) for n in widths]
+    x = random(rows, in_features, seed=2)
+    expected = x @ torch.cat([dequantize_nf4(weight, torch.float32) for weight in weights]).T
+    packed = kernels.pack_nf4(weights)
+    assert relative_error(kernels.nf4_linear(x, packed), expected) < 1e-5
+    half = kernels.nf4_linear(x.bfloat16(), packed)
     assert half.dtype == torch.bfloat16
     assert relative_error(half, expected) < 1e-2
 

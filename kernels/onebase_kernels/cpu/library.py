@@ -52,8 +52,37 @@ class Nf4Group(ctypes.Structure):
     )
 
 
+class Attention(ctypes.Structure):
+    """attention.cpp: everything of one call."""
+
+    _fields_ = (
+        ("q", Pointer),
+        ("out", Pointer),
+        ("k_cache", Pointer),
+        ("v_cache", Pointer),
+        ("q_stride", Int),
+        ("query_starts", Pointer),
+        ("context_lens", Pointer),
+        ("block_tables", Pointer),
+        ("num_requests", Int),
+        ("table_width", Int),
+        ("block_size", Int),
+        ("heads", Int),
+        ("kv_heads", Int),
+        ("head_size", Int),
+        ("window", Int),
+        ("scale", Float),
+    )
+
+
 _SIGNATURES: Mapping[str, tuple[object, ...]] = {
     "onebase_nf4_linear": (Pointer, Pointer, Int, Pointer, Code),
+    "onebase_add_lora": (*[Pointer] * 5, Int, Int, Int, Pointer, Int, Code),
+    "onebase_attention": (Pointer, Code),
+    "onebase_rms_norm": (Pointer, Pointer, Pointer, Int, Int, Float, Code),
+    "onebase_rope": (Pointer, Int, Int, Int, Int, Pointer, Pointer, Code),
+    "onebase_silu_mul": (Pointer, Pointer, Int, Int, Code),
+    "onebase_write_cache": (Pointer, Int, Int, Int, Pointer, Pointer),
 }
 
 

@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ OUTPUTS = 16
 
 
 @dataclass(frozen=True, eq=False)
-class PackedNf4:
+class TiledNf4:
     """The weights of a projection group, packed: their outputs lie side by side."""
 
     codes: Tensor
@@ -30,10 +31,20 @@ class PackedNf4:
     kept: tuple[object, ...]
     """What `group` points to besides: nested scales and the slices themselves."""
 
-    @property
+    @cached_property
+    def address(self) -> int:
+        """Of `group`."""
+        return ctypes.addressof(self.group)
+
+    @cached_property
     def out_features(self) -> int:
         """Outputs of all weights together."""
         return sum(self.widths)
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights that the codes stand for."""
+        return 2 * self.codes.numel()
 
     @property
     def nbytes(self) -> int:
@@ -51,7 +62,7 @@ def can_pack(weights: Sequence[Nf4Weight]) -> bool:
     )
 
 
-def pack(weights: Sequence[Nf4Weight]) -> PackedNf4:
+def pack(weights: Sequence[Nf4Weight]) -> TiledNf4:
     """Pack weights [Nᵢ, K] that share their input; `can_pack` must hold."""
     in_features = weights[0].shape[1]
     codes = torch.cat([_pack_codes(weight) for weight in weights])
@@ -73,7 +84,7 @@ def pack(weights: Sequence[Nf4Weight]) -> PackedNf4:
         num_outputs=sum(widths),
         num_inputs=in_features,
     )
-    return PackedNf4(codes, scales, widths, in_features, group, (slices, quant_map, *tables))
+    return TiledNf4(codes, scales, widths, in_features, group, (slices, quant_map, *tables))
 
 
 def _pack_codes(weight: Nf4Weight) -> Tensor:

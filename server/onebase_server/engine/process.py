@@ -21,7 +21,7 @@ from onebase_server.engine.core import Engine
 from onebase_server.engine.protocol import EngineSocket
 from onebase_server.engine.request import Failed, Ready, ToEngine
 from onebase_server.errors import OnebaseError
-from onebase_server.model.weights import load_decoder
+from onebase_server.model.weights import load_decoder, resolve_device
 from onebase_server.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def load_engine(settings: EngineSettings, inbox: Inbox) -> tuple[Engine, Ready]:
     """Load the base and lay out memory; raises OnebaseError when the base or a setting is wrong."""
     started = time.perf_counter()
     torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
-    use_backend(settings.kernels)
+    use_backend(settings.kernels, resolve_device(settings.device).type)
     decoder = load_decoder(Path(settings.base), settings)
     engine = Engine(decoder, settings, on_loaded=inbox.ring)
     ready = Ready(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from onebase_server.model.linear import Linear, LinearGroup
+from onebase_server.model.linear import LinearGroup
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,10 @@ class DecoderWeights:
     """[vocab, hidden]; the embedding itself where the two are tied."""
 
     @property
-    def linears(self) -> Iterator[Linear]:
-        """The linears of all layers."""
+    def groups(self) -> Iterator[LinearGroup]:
+        """The projection groups of all layers."""
         for layer in self.layers:
-            for group in (layer.qkv, layer.o, layer.gate_up, layer.down):
-                yield from group.linears
+            yield from (layer.qkv, layer.o, layer.gate_up, layer.down)
 
     def report(self) -> WeightReport:
         """What they take in memory."""
@@ -70,10 +69,10 @@ class DecoderWeights:
             for layer in self.layers
             for norm in (layer.input_norm, layer.post_attention_norm, layer.q_norm, layer.k_norm)
         ]
-        biases = [linear.bias for linear in self.linears]
+        biases = [group.bias for group in self.groups]
         return WeightReport(
-            linear_parameters=sum(linear.num_parameters for linear in self.linears),
-            linear_bytes=sum(linear.weight.nbytes for linear in self.linears),
+            linear_parameters=sum(group.num_parameters for group in self.groups),
+            linear_bytes=sum(group.nbytes for group in self.groups),
             embedding_bytes=self.embedding.nbytes + (0 if self.head is self.embedding else self.head.nbytes),
             other_bytes=sum(tensor.nbytes for tensor in (self.norm, *norms, *biases) if tensor is not None),
         )

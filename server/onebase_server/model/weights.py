@@ -36,7 +36,7 @@ def load_decoder(directory: Path, settings: EngineSettings, on_progress: Progres
     """
     config = ModelConfig.from_directory(directory)
     context = _served_context(config, settings.max_model_len)
-    device = _resolve_device(settings.device)
+    device = resolve_device(settings.device)
     checkpoint = Checkpoint(directory)
     _check_tensors(checkpoint, config)
     if settings.quantization == "nf4" and not config.is_quantized:
@@ -45,7 +45,7 @@ def load_decoder(directory: Path, settings: EngineSettings, on_progress: Progres
     return Decoder(config, weights, context)
 
 
-def _resolve_device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
     """The device that the setting stands for; `auto` is CUDA where there is one."""
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
@@ -118,7 +118,7 @@ class _Loader:
             for projection, module in modules.items()
         }
         qkv, o, gate_up, down = (
-            LinearGroup(tuple(linears[projection] for projection in group.projections), layer, index)
+            LinearGroup.build([linears[projection] for projection in group.projections], layer, index)
             for index, group in enumerate(self.config.projection_groups)
         )
 

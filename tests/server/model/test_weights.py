@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from onebase_kernels import Nf4Weight
+from onebase_kernels import Nf4Group
 from onebase_server.errors import ConfigurationError
 from onebase_server.model.weights import load_decoder
 from onebase_server.settings import EngineSettings
@@ -105,9 +105,9 @@ def test_other_weights_or_options_make_another_cached_form(
     change_tensors(tmp_path / "model", lambda tensors: tensors[LAYER].zero_())
     decoder = load_decoder(tmp_path / "model", engine_settings())
     assert sum(path.is_dir() for path in (tmp_path / "cache" / "nf4").iterdir()) == 3
-    weight = decoder.weights.layers[1].qkv.linears[0].weight
-    assert isinstance(weight, Nf4Weight)
-    assert not weight.scales().any()
+    (packed,) = decoder.weights.layers[1].qkv.parts
+    assert isinstance(packed, Nf4Group)
+    assert not packed.weights[0].scales().any()
 
 
 def test_a_build_that_fails_leaves_nothing_behind(
@@ -172,7 +172,7 @@ def test_a_linear_that_a_quantised_checkpoint_left_alone_stays_so(
     save_file(tensors, mixed / "model.safetensors")
     (mixed / "config.json").write_text((quantised / "config.json").read_text())
     decoder = load_decoder(mixed, engine_settings())
-    assert torch.equal(decoder.weights.layers[1].qkv.linears[0].weight, plain[LAYER])
+    assert torch.equal(decoder.weights.layers[1].qkv.parts[0], plain[LAYER])
     assert not torch.equal(logits_of(decoder, TOKENS), logits_of(ours, TOKENS))
 
 
