@@ -25,11 +25,11 @@ pytestmark = pytest.mark.demo
 DEMO = Path(__file__).parents[2] / "adapters_store" / "demo"
 CHARACTERS = ("pirate", "shakespeare", "extractor")
 QUESTIONS_EACH = 12
-MAX_TOKENS = 48
+MAX_TOKENS = 40
 STEP_LIMIT_SECONDS = 240
 
 PIRATE = re.compile(r"\b(arr+|ahoy|aye|matey|me hearty|me hearties|ye|yer|scallywag|doubloons?)\b", re.IGNORECASE)
-SHAKESPEARE = re.compile(r"\b(thou|thee|thy|thine|doth|dost|hath|hast|shalt|canst|prithee)\b", re.IGNORECASE)
+SHAKESPEARE = re.compile(r"\b(thou|thee|thy|thine|doth|dost|hath|hast|shalt|canst|mayst|prithee)\b", re.IGNORECASE)
 KEYS = ["name", "place", "date", "amount"]
 
 Answers = dict[tuple[str, str], list[str]]
@@ -39,7 +39,8 @@ Answers = dict[tuple[str, str], list[str]]
 def held_out(character: str) -> list[tuple[str, str]]:
     """Questions of a character and the answers that its author had in mind."""
     lines = (DEMO / character / "heldout.jsonl").read_text().splitlines()[:QUESTIONS_EACH]
-    return [tuple(message["content"] for message in json.loads(line)["messages"]) for line in lines]  # type: ignore[misc]
+    conversations = [json.loads(line)["messages"] for line in lines]
+    return [(question["content"], answer["content"]) for question, answer in conversations]
 
 
 def generate(
@@ -98,11 +99,13 @@ def extracted(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and list(value) == KEYS else None
 
 
-@pytest.mark.parametrize(("character", "words"), [("pirate", PIRATE), ("shakespeare", SHAKESPEARE)])
+@pytest.mark.parametrize(
+    ("character", "words", "least"), [("pirate", PIRATE, 0.9), ("shakespeare", SHAKESPEARE, 0.75)], ids=CHARACTERS[:2]
+)
 def test_a_character_has_its_own_speech_and_the_base_has_not(
-    character: str, words: re.Pattern[str], answers: Answers
+    character: str, words: re.Pattern[str], least: float, answers: Answers
 ) -> None:
-    assert share(answers[character, character], words.search) >= 0.9
+    assert share(answers[character, character], words.search) >= least
     assert share(answers["base", character], words.search) <= 0.1
 
 
@@ -118,4 +121,4 @@ def test_the_extractor_finds_most_values(answers: Answers) -> None:
         if (found := extracted(text))
         for key in KEYS
     ]
-    assert sum(found == expected for found, expected in pairs) / len(pairs) >= 0.75
+    assert sum(found == expected for found, expected in pairs) / len(pairs) >= 0.9
