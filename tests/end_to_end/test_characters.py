@@ -24,8 +24,8 @@ pytestmark = pytest.mark.demo
 
 DEMO = Path(__file__).parents[2] / "adapters_store" / "demo"
 CHARACTERS = ("pirate", "shakespeare", "extractor")
-QUESTIONS_EACH = 12
-MAX_TOKENS = 40
+QUESTIONS_EACH = 10
+MAX_TOKENS = 56
 STEP_LIMIT_SECONDS = 240
 
 PIRATE = re.compile(r"\b(arr+|ahoy|aye|matey|me hearty|me hearties|ye|yer|scallywag|doubloons?)\b", re.IGNORECASE)
