@@ -19,6 +19,7 @@ FORBIDDEN: dict[Path, tuple[str, ...]] = {
     SERVER / "model": ("onebase_server.engine", "onebase_server.api", "onebase_server.commands"),
     SERVER / "engine": ("onebase_server.api", "onebase_server.commands", "onebase_adapters.store", "fastapi"),
     SERVER / "api": ("torch", "onebase_kernels", "onebase_server.commands", "onebase_server.engine.core"),
+    SERVER / "bench": ("onebase_server.engine", "onebase_server.api", "onebase_server.commands"),
     SERVER / "settings.py": ("onebase_server", "onebase_adapters", "onebase_kernels", "torch"),
     SERVER / "errors.py": ("onebase_server", "onebase_adapters", "onebase_kernels", "torch"),
     SERVER / "metrics.py": ("onebase_server.api", "onebase_kernels", "onebase_adapters", "torch"),

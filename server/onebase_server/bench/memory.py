@@ -10,7 +10,7 @@ import psutil
 
 from onebase_server.errors import ConfigurationError
 
-WATCH_SECONDS = 1.0
+WATCH_SECONDS = 3.0
 MAX_COMMAND_LENGTH = 160
 
 
@@ -45,7 +45,7 @@ class TreeMemory:
 
 
 class MemoryWatch:
-    """Looks at a process tree once a second and keeps the moment at which it was largest."""
+    """Looks at a process tree every few seconds and keeps the moment at which it was largest."""
 
     def __init__(self, pid: int) -> None:
         try:

@@ -98,9 +98,9 @@ def write_json(path: Path, machine: Machine, target: Target, results: dict[str, 
 
 def series_table(series: Series) -> Table:
     """A line for each value of what was varied."""
-    table = Table(title=f"Medians by {series.varied}", title_justify="left")
-    latencies = ("TTFT p50 ms", "TTFT p99 ms", "ITL p50 ms", "ITL p99 ms", "latency p99 ms")
-    for name in (series.varied, "output tokens/s", *latencies, "PSS MiB"):
+    table = Table(title=f"Medians by {series.varied}; times in milliseconds", title_justify="left")
+    latencies = ("TTFT p50", "TTFT p99", "ITL p50", "ITL p99", "latency p99")
+    for name in (series.varied, "tokens/s", *latencies, "PSS MiB"):
         table.add_column(name, justify="right")
     for value, measurement in zip(series.values, series.measurements, strict=True):
         median, memory = measurement.median, measurement.memory

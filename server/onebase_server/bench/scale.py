@@ -13,20 +13,16 @@ class Series:
     """Measurements that differ in one thing only."""
 
     varied: str
+    """`adapters` (their number) or `rank`."""
     values: tuple[int, ...]
     measurements: tuple[Measurement, ...]
-
-    @property
-    def file_suffix(self) -> str:
-        """For the name of its plot."""
-        return self.varied.replace(" ", "-")
 
 
 def measure_by_count(target: Target, load: Load, sweep: Sweep, ranks: tuple[int, ...]) -> Series:
     """The load on ever more adapters; where they are ours, each is published only when its number is reached."""
     counts = tuple(sorted(set(sweep.counts)))
     loads = [load.model_copy(update={"adapters": count}) for count in counts]
-    return Series("number of adapters", counts, tuple(_measure_each(target, loads, [ranks] * len(loads))))
+    return Series("adapters", counts, tuple(_measure_each(target, loads, [ranks] * len(loads))))
 
 
 def measure_by_rank(target: Target, load: Load, ranks: tuple[int, ...]) -> Series:

@@ -88,7 +88,7 @@ def scale(output: OutputOption = DEFAULT_OUTPUT, **flags: Any) -> None:
     for one in series:
         console.print(report.series_table(one))
         _print_notes(dict.fromkeys(note for measurement in one.measurements for note in measurement.notes))
-        plots.plot_series(path.with_name(f"{path.stem}-{one.file_suffix}.png"), one)
+        plots.plot_series(path.with_name(f"{path.stem}-{one.varied}.png"), one)
     console.print(f"Written: {path} and a .png for each table")
 
 

@@ -76,12 +76,12 @@ def test_scale_measures_each_number_of_adapters_and_each_rank(
     result = onebase_bench(*options, subcommand=["scale"])
     assert result.exit_code == 0, result.output
     by_count, by_rank = results(tmp_path, "scale")["series"]
-    assert (by_count["varied"], [point["value"] for point in by_count["points"]]) == ("number of adapters", [1, 3])
+    assert (by_count["varied"], [point["value"] for point in by_count["points"]]) == ("adapters", [1, 3])
     assert (by_rank["varied"], [point["value"] for point in by_rank["points"]]) == ("rank", [2, 4])
     assert [point["load"]["adapters"] for point in by_count["points"] + by_rank["points"]] == [1, 3, 2, 2]
     assert by_count["points"][0]["load"]["popularity"] == "zipf"
     plots = sorted(path.name.split("-scale-")[1] for path in (tmp_path / "results").glob("*.png"))
-    assert plots == ["number-of-adapters.png", "rank.png"]
+    assert plots == ["adapters.png", "rank.png"]
 
 
 def test_random_adapters_are_the_same_for_the_same_seed_and_have_the_rank_asked_for(own_server: OwnServer) -> None:
