@@ -36,8 +36,12 @@ print(*project['dependencies'], *sum(extras, []), sep='\n')" $EXTRAS > requireme
 
 # Onebase itself, as a wheel.
 FROM python:${PYTHON_VERSION}-slim-bookworm AS wheel
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY kernels kernels
 COPY adapters_store adapters_store
 COPY server server

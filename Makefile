@@ -15,7 +15,7 @@ help: ## Show this list
 
 install: $(STAMP) ## Make .venv with pinned dependencies and the `onebase` command
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt hatch_build.py $(wildcard kernels/onebase_kernels/cpu/*.cpp kernels/onebase_kernels/cpu/*.h)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@

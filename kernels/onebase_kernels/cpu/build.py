@@ -11,7 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,16 +46,23 @@ def library_path(variant: str) -> Path:
     return OUTPUT / f"onebase_cpu_{variant}.so"
 
 
-def variants_here() -> list[str]:
-    """The variants that make sense on this kind of machine."""
-    return list(VARIANTS) if platform.machine() in ("x86_64", "AMD64") else ["portable"]
+def variants_for(compiler: str) -> list[str]:
+    """The variants that this kind of machine could run and this compiler knows."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return ["portable"]
+    return [variant for variant, flags in VARIANTS.items() if _knows(compiler, flags)]
+
+
+def _knows(compiler: str, flags: Sequence[str]) -> bool:
+    command = [compiler, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
 
 def build(compiler: str) -> list[Path]:
     """Compile all variants, as many at a time as there are cores; raises CalledProcessError if one does not compile."""
     OUTPUT.mkdir(exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda variant: _build_variant(compiler, variant), variants_here()))
+        return list(pool.map(lambda variant: _build_variant(compiler, variant), variants_for(compiler)))
 
 
 def _build_variant(compiler: str, variant: str) -> Path:
