@@ -1,0 +1,107 @@
+"""What the documents say about names, defaults and files is what the code has."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from pydantic import TypeAdapter
+
+from onebase_adapters.adapter import AdapterError
+from onebase_server.cli import app
+from onebase_server.errors import ConfigurationError, OnebaseError
+from onebase_server.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = (".", "docs", "deploy", "adapters_store/demo")
+DOCUMENTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def section(text: str, heading: str) -> str:
+    """From a heading of the second level to the next."""
+    return text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of a section's one table, without its head."""
+    table = [line for line in text.splitlines() if line.startswith(("| ", "|---"))]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+
+
+def anchors(path: Path) -> set[str]:
+    """A document's headings as GitHub turns them into anchors."""
+    headings = HEADING.findall(FENCE.sub("", path.read_text(encoding="utf-8")))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def leaves(root: type[Any]) -> set[type[Any]]:
+    return set().union(*map(leaves, root.__subclasses__())) if root.__subclasses__() else {root}
+
+
+def test_operations_lists_every_setting_with_its_default_and_its_help():
+    documented = rows(section(read("docs/operations.md"), "Settings"))
+    assert [name.strip("`") for name, _, _ in documented] == list(Settings.model_fields)
+    for (name, default, text), field in zip(documented, Settings.model_fields.values(), strict=True):
+        assert text == field.description, name
+        if field.is_required():
+            assert default == "needed", name
+        elif field.get_default() is None:
+            assert default == "", name
+        else:
+            value = TypeAdapter(field.annotation).validate_python(default.strip("`").replace("~", str(Path.home())))
+            assert value == field.get_default(), name
+
+
+def test_the_api_document_names_every_metric(metric_families):
+    text = read("docs/api.md")
+    names = [family.name + ("_total" if family.type == "counter" else "") for family in metric_families]
+    assert [name for name in names if f"`{name}" not in text] == []
+
+
+def test_operations_names_only_metrics_that_there_are(metric_families):
+    known = {family.name + ("_total" if family.type == "counter" else "") for family in metric_families}
+    assert set(re.findall(r"`((?:onebase_|vllm:)\w+)`", read("docs/operations.md"))) <= known
+
+
+def test_the_api_document_names_every_error_code_that_a_client_can_get():
+    text = read("docs/api.md")
+    errors = (leaves(OnebaseError) | leaves(AdapterError)) - {ConfigurationError}
+    assert sorted(error.code for error in errors if f"`{error.code}`" not in text) == []
+
+
+def test_the_readme_lists_every_command():
+    documented = {name.strip("`") for name, _ in rows(section(read("README.md"), "Commands"))}
+    commands = typer.main.get_command(app).commands
+    assert documented == {f"onebase {name}" for name in commands}
+
+
+def test_everything_in_the_readmes_tree_exists():
+    tree = section(read("README.md"), "The repository").partition("```\n")[2].partition("```")[0]
+    parent = ROOT
+    for line in tree.splitlines():
+        is_inside = line.startswith("  ")
+        names = line.strip().partition("  ")[0]
+        for name in names.split(", "):
+            assert ((parent if is_inside else ROOT) / name).exists(), line
+        if not is_inside:
+            parent = ROOT / names
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_between_documents_lead_somewhere(document):
+    for link in LINK.findall(FENCE.sub("", document.read_text(encoding="utf-8"))):
+        if link.startswith("http"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (document.parent / name).resolve() if name else document
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
