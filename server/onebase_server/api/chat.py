@@ -79,7 +79,7 @@ class _Answer:
             by_choice[piece.index].append(piece)
         choices = [self._choice(index, parts) for index, parts in enumerate(by_choice)]
         job, usage = self._generation.job, self._generation.counts.usage()
-        return ChatCompletion(job.request_id, self._created, self._body.model, choices, usage)
+        return ChatCompletion(job.request_id, self._created, self._body.model, job.selection.label, choices, usage)
 
     def _choice(self, index: int, pieces: list[Piece]) -> ChatChoice:
         message = AssistantMessage("".join(piece.text for piece in pieces))
@@ -88,7 +88,8 @@ class _Answer:
         return ChatChoice(index, message, self._logprobs(pieces), finish_reason)
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> ChatChunk:
-        return ChatChunk(self._generation.job.request_id, self._created, self._body.model, choices, usage)
+        job = self._generation.job
+        return ChatChunk(job.request_id, self._created, self._body.model, job.selection.label, choices, usage)
 
     def _logprobs(self, pieces: list[Piece]) -> ChatLogprobs | None:
         if not self._body.logprobs:

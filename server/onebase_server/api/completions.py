@@ -89,7 +89,8 @@ class _Answer:
         return self._completion([_join(choice) for choice in parts], self._generation.counts.usage())
 
     def _completion(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
-        return Completion(self._generation.job.request_id, self._created, self._body.model, choices, usage)
+        job = self._generation.job
+        return Completion(job.request_id, self._created, self._body.model, job.selection.label, choices, usage)
 
 
 class _ChoiceFormatter:

@@ -18,6 +18,8 @@ class Selection:
     """The pinned version; None is the base alone."""
     name: str | None
     """The adapter's name, without a version."""
+    label: str
+    """What a person calls it: the base's name, or `adapter@version`."""
 
 
 def resolve_model(model: str, base_name: str, store: AdapterStore) -> AdapterVersion | None:
@@ -41,12 +43,12 @@ def select_model(model: str, base_name: str, store: AdapterStore, holds: ExitSta
     """Resolve a model and keep its blob until `holds` is closed; raises ModelNotFound."""
     version = resolve_model(model, base_name, store)
     if version is None:
-        return Selection(None, None)
+        return Selection(None, None, base_name)
     try:
         holds.enter_context(store.lease(version.digest))
     except AdapterNotFound as error:  # removed since it was resolved
         raise ModelNotFound(f"The model {model} does not exist. {error}", param="model") from error
-    return Selection(adapter_ref(store, version), version.name)
+    return Selection(adapter_ref(store, version), version.name, version.label)
 
 
 def adapter_ref(store: AdapterStore, version: AdapterVersion) -> AdapterRef:

@@ -82,6 +82,8 @@ class Completion:
     id: str
     created: int
     model: str
+    system_fingerprint: str
+    """What answered: the base's name, or `adapter@version`; `model` is what was asked for."""
     choices: list[CompletionChoice]
     usage: Usage | None
     object: Literal["text_completion"] = "text_completion"
@@ -112,6 +114,8 @@ class ChatCompletion:
     id: str
     created: int
     model: str
+    system_fingerprint: str
+    """What answered: the base's name, or `adapter@version`; `model` is what was asked for."""
     choices: list[ChatChoice]
     usage: Usage
     object: Literal["chat.completion"] = "chat.completion"
@@ -139,6 +143,8 @@ class ChatChunk(msgspec.Struct, frozen=True):
     id: str
     created: int
     model: str
+    system_fingerprint: str
+    """What answered: the base's name, or `adapter@version`; `model` is what was asked for."""
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"

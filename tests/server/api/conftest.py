@@ -129,6 +129,7 @@ class RunningServer:
 
     def metric(self, name: str, **labels: str) -> float:
         """A metric's value now; 0 if it has none yet."""
+        self.context.metrics.render()  # gauges are set when they are read
         return self.context.metrics.registry.get_sample_value(name, labels) or 0.0
 
     def wait_until(self, is_true: Callable[[], bool], seconds: float = 30) -> None:
