@@ -6,15 +6,17 @@
 # How to run it: deploy/README.md.
 ARG PYTHON_VERSION=3.11
 
-# What the server depends on. It changes with pyproject.toml and constraints.txt only, so that a change of code neither
-# installs it again nor pushes its layer again.
-FROM python:${PYTHON_VERSION}-slim-bookworm AS dependencies
-# For dependencies that have no wheel for this platform; the compiler stays in this stage. No version is named here and
-# below, for Debian's mirrors keep only the newest.
+# The compiler, for the CPU kernels and for dependencies without a wheel for this platform; the last stage has none. No
+# version is named here and below, for Debian's mirrors keep only the newest.
+FROM python:${PYTHON_VERSION}-slim-bookworm AS compiler
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc g++ \
+    && apt-get install --yes --no-install-recommends gcc g++ libc6-dev \
     && rm -rf /var/lib/apt/lists/*
+
+# What the server depends on. It changes with pyproject.toml and constraints.txt only, so that a change of code neither
+# installs it again nor pushes its layer again.
+FROM compiler AS dependencies
 RUN python -m venv /opt/onebase
 ENV PATH=/opt/onebase/bin:$PATH
 WORKDIR /src
@@ -34,12 +36,8 @@ extras = [project['optional-dependencies'][name] for name in sys.argv[1:]]; \
 print(*project['dependencies'], *sum(extras, []), sep='\n')" $EXTRAS > requirements.txt \
     && pip install --constraint constraints.txt --requirement requirements.txt
 
-# Onebase itself, as a wheel.
-FROM python:${PYTHON_VERSION}-slim-bookworm AS wheel
-# hadolint ignore=DL3008
-RUN apt-get update \
-    && apt-get install --yes --no-install-recommends g++ \
-    && rm -rf /var/lib/apt/lists/*
+# Onebase itself, as a wheel with its CPU kernels.
+FROM compiler AS wheel
 WORKDIR /src
 COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY kernels kernels
