@@ -1,8 +1,15 @@
+"""What all tests share."""
+
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from prometheus_client.metrics_core import Metric
+
+# Two threads that wait for each other lose whole time slices on a machine that is busy with something else, and most
+# tests are too small to gain from a second one. Before torch is imported, for it reads this once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from onebase_server.demo import prepare_demo
 from onebase_server.metrics import Metrics

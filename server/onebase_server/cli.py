@@ -8,6 +8,7 @@ from typer.core import TyperGroup
 from onebase_adapters.adapter import AdapterError
 from onebase_server.commands import adapters, bench
 from onebase_server.commands.demo import demo
+from onebase_server.commands.doctor import doctor
 from onebase_server.commands.import_gguf import import_gguf
 from onebase_server.commands.serve import serve
 from onebase_server.commands.tune import tune
@@ -35,6 +36,7 @@ app = typer.Typer(
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(bench.app, name="bench")
 app.command()(demo)
+app.command()(doctor)
 app.command("import-gguf")(import_gguf)
 app.command()(tune)
 app.command()(serve)

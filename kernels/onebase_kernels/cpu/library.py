@@ -93,27 +93,40 @@ class LibraryUnavailable(Exception):
 @cache
 def load_library(variant: str | None = None) -> ctypes.CDLL:
     """The ops of a variant, by default the fastest that this machine can run; raises LibraryUnavailable."""
-    reasons = []
+    reasons = {}
     for name in VARIANTS if variant is None else (variant,):
-        if missing := _CPU_FLAGS[name] - cpu_flags():
-            reasons.append(f"{name}: the machine lacks {', '.join(sorted(missing))}")
-            continue
-        if not library_path(name).is_file():
-            reasons.append(f"{name}: not built")
-            continue
-        library = ctypes.CDLL(str(library_path(name)))
-        if library.onebase_start():
-            for function, arguments in _SIGNATURES.items():
-                getattr(library, function).argtypes = arguments
-                getattr(library, function).restype = None
-            return library
-        reasons.append(f"{name}: the kernel does not grant its registers")
-    raise LibraryUnavailable("; ".join(reasons))
+        reason = why_not(name)
+        if reason is None:
+            return _open(name)
+        reasons[name] = reason
+    raise LibraryUnavailable("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
 
 
 def runnable_variants() -> list[str]:
-    """The variants that are built and that this machine can run, the fastest first."""
-    return [name for name in VARIANTS if not _CPU_FLAGS[name] - cpu_flags() and library_path(name).is_file()]
+    """The variants that can run here, the fastest first."""
+    return [name for name in VARIANTS if why_not(name) is None]
+
+
+@cache
+def why_not(variant: str) -> str | None:
+    """Why a variant cannot run here; None if it can."""
+    if missing := _CPU_FLAGS[variant] - cpu_flags():
+        return f"the machine lacks {', '.join(sorted(missing))}"
+    if not library_path(variant).is_file():
+        return "not built (no C++ compiler, or too old a one, when Onebase was installed)"
+    try:
+        library = _open(variant)
+    except OSError as error:  # no OpenMP runtime to bind to, another C library
+        return f"cannot be loaded: {error}"
+    return None if library.onebase_start() else "the operating system does not grant its registers"
+
+
+def _open(variant: str) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(library_path(variant)))
+    for function, arguments in _SIGNATURES.items():
+        getattr(library, function).argtypes = arguments
+        getattr(library, function).restype = None
+    return library
 
 
 @cache

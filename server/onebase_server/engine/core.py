@@ -14,6 +14,7 @@ from onebase_server.engine.request import (
     Attached,
     EngineStats,
     Retire,
+    SamplingParams,
     StepOutputs,
     Submit,
     ToEngine,
@@ -85,6 +86,12 @@ class Engine:
                 self.adapter_pool.retire(message.digest)
             case _:
                 assert_never(message)
+
+    def warm_up(self) -> None:
+        """Run one short request, so that the first client does not wait for threads, caches and lazy set-up."""
+        self.handle(Submit(request_id="warm-up", prompt_token_ids=(0, 0), sampling=SamplingParams(max_tokens=2)))
+        while self.has_work:
+            self.step()
 
     def step(self) -> StepOutputs:
         """One step: schedule, execute, update."""

@@ -22,6 +22,7 @@ from onebase_server.engine.protocol import EngineSocket
 from onebase_server.engine.request import Failed, Ready, ToEngine
 from onebase_server.errors import OnebaseError
 from onebase_server.model.weights import load_decoder, resolve_device
+from onebase_server.progress import step_progress
 from onebase_server.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
@@ -56,8 +57,10 @@ def load_engine(settings: EngineSettings, inbox: Inbox) -> tuple[Engine, Ready]:
     started = time.perf_counter()
     torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
     use_backend(settings.kernels, resolve_device(settings.device).type)
-    decoder = load_decoder(Path(settings.base), settings)
+    with step_progress("Quantising the base to NF4") as on_progress:
+        decoder = load_decoder(Path(settings.base), settings, on_progress)
     engine = Engine(decoder, settings, on_loaded=inbox.ring)
+    engine.warm_up()
     ready = Ready(
         vocab_size=decoder.config.vocab_size,
         max_model_len=engine.max_model_len,
