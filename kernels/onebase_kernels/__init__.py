@@ -27,11 +27,13 @@ __all__ = [
     "apply_rope_",
     "best_backend",
     "dequantize_nf4",
+    "head_logits",
     "nf4_linear",
     "pack_nf4",
     "paged_attention",
     "quantize_nf4",
     "rms_norm",
+    "set_num_threads",
     "silu_mul",
     "use_backend",
     "write_kv_",
@@ -72,8 +74,14 @@ paged_attention = _dispatched(reference.paged_attention)
 rms_norm = _dispatched(reference.rms_norm)
 apply_rope_ = _dispatched(reference.apply_rope_)
 silu_mul = _dispatched(reference.silu_mul)
+head_logits = _dispatched(reference.head_logits)
+set_num_threads = _dispatched(reference.set_num_threads)
 
-_OPS = (pack_nf4, nf4_linear, add_lora_, write_kv_, paged_attention, rms_norm, apply_rope_, silu_mul)
+OPS = (
+    *(pack_nf4, nf4_linear, add_lora_, write_kv_, paged_attention, rms_norm, apply_rope_, silu_mul, head_logits),
+    set_num_threads,
+)
+"""Everything that a back end may compute."""
 
 
 def use_backend(name: BackendName | Literal["auto"], device_type: str = "cpu") -> BackendName:
@@ -83,7 +91,7 @@ def use_backend(name: BackendName | Literal["auto"], device_type: str = "cpu") -
     """
     chosen = best_backend(device_type) if name == "auto" else name
     modules = [importlib.import_module(f"{__name__}.{module}") for module in _CHAINS[chosen]]
-    for op in _OPS:
+    for op in OPS:
         _active[op.__name__] = next(getattr(module, op.__name__) for module in modules if hasattr(module, op.__name__))
     return chosen
 

@@ -118,7 +118,17 @@ def apply_rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         heads.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
 
 
+def head_logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """`hidden Wᵀ` in fp32: hidden [R, K], the output head W [V, K] → [R, V]."""
+    return F.linear(hidden, head).float()
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """`silu(gate) · up` of gate_up [T, 2I], the gate's columns first → [T, I] (SwiGLU, arXiv 2002.05202)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def set_num_threads(count: int) -> None:
+    """How many CPU threads compute, the caller's own among them."""
+    torch.set_num_threads(count)

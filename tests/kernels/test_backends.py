@@ -10,7 +10,7 @@ import onebase_kernels as kernels
 from onebase_kernels import bitsandbytes_backend, reference
 from onebase_kernels.cpu import backend
 
-OPS = ["pack_nf4", "nf4_linear", "add_lora_", "write_kv_", "paged_attention", "rms_norm", "apply_rope_", "silu_mul"]
+OPS = [op.__name__ for op in kernels.OPS]
 
 
 @pytest.mark.parametrize("module", [bitsandbytes_backend, backend], ids=["bitsandbytes", "cpu"])

@@ -47,6 +47,17 @@ def test_silu_mul_gates_the_upper_half(backend: str) -> None:
     torch.testing.assert_close(kernels.silu_mul(gate_up), F.silu(gate_up[:, :50]) * gate_up[:, 50:])
 
 
+@pytest.mark.parametrize("rows", [1, 16, 33, 200])
+@pytest.mark.parametrize(("vocab", "size"), [(64, 96), (40, 48)])
+def test_head_logits_are_products_in_fp32(backend: str, vocab: int, size: int, rows: int) -> None:
+    hidden, head = torch.randn(rows, size), torch.randn(vocab, size)
+    logits = kernels.head_logits(hidden.bfloat16(), head.bfloat16())
+    assert logits.dtype == torch.float32
+    expected = hidden.bfloat16().float() @ head.bfloat16().float().T
+    torch.testing.assert_close(logits, expected, rtol=2**-7, atol=0.1)
+    torch.testing.assert_close(kernels.head_logits(hidden, head), hidden @ head.T)
+
+
 def test_write_kv_writes_its_slots_and_nothing_else(backend: str) -> None:
     k_cache, v_cache = torch.full((4, 3, 2, 5), torch.nan), torch.full((4, 3, 2, 5), torch.nan)
     k, v = torch.randn(3, 2, 5), torch.randn(3, 2, 5)

@@ -28,89 +28,97 @@ struct Attention {
 namespace {
 
 constexpr int64_t MAX_QUERIES = 8;  // of a piece
+constexpr int64_t KEYS_AHEAD = 12;
 
 struct Piece {
     int64_t request, first_token, num_queries, first_position, kv_head;
 };
 
-// Where one request's keys or values of one KV head lie.
-template <class T>
-struct PagedRows {
-    const T* cache;
-    const int32_t* blocks;
-    int64_t block_size, row_stride, offset;
-
-    const T* operator[](int64_t position) const {
-        return cache + (blocks[position / block_size] * block_size + position % block_size) * row_stride + offset;
-    }
-};
-
 // Memory of one thread, kept between its pieces.
 struct Scratch {
-    std::vector<float> queries, scores, sums;
+    std::vector<int64_t> offsets;
+    std::vector<float> queries, scores;
 };
 
-template <class T>
+// VECTORS of 16 numbers make a head.
+template <class T, int VECTORS>
 class PieceAttention {
 public:
     PieceAttention(const Attention& a, const Piece& piece, Scratch& scratch)
         : a_(a), piece_(piece), group_(a.heads / a.kv_heads), rows_(group_ * piece.num_queries),
           first_key_(a.window ? std::max<int64_t>(0, piece.first_position - a.window + 1) : 0),
-          num_keys_(piece.first_position + piece.num_queries - first_key_), scratch_(scratch) {
-        scratch.queries.resize(rows_ * a.head_size);
-        scratch.scores.resize(rows_ * num_keys_);
-        scratch.sums.assign(rows_ * a.head_size, 0.0f);
-    }
+          num_keys_(piece.first_position + piece.num_queries - first_key_), scratch_(scratch) {}
 
     void run() {
+        find_keys();
         widen_queries();
         score_keys();
-        for (int64_t row = 0; row < rows_; row++) softmax(row);
-        sum_values();
-        write();
+        for (int64_t row = 0; row < rows_; row++) {
+            softmax(row);
+            sum_values(row);
+        }
     }
 
 private:
+    static constexpr int64_t HEAD = VECTORS * LANES;
+
     // Row r is query r / group of the piece under the KV head's query head r % group.
     int64_t token(int64_t row) const { return piece_.first_token + row / group_; }
     int64_t head(int64_t row) const { return piece_.kv_head * group_ + row % group_; }
 
-    PagedRows<T> rows_of(const void* cache) const {
-        return {static_cast<const T*>(cache), a_.block_tables + piece_.request * a_.table_width, a_.block_size,
-                a_.kv_heads * a_.head_size, piece_.kv_head * a_.head_size};
+    // Where each key, and in the other cache its value, begins.
+    void find_keys() {
+        const int32_t* blocks = a_.block_tables + piece_.request * a_.table_width;
+        const int64_t stride = a_.kv_heads * HEAD;
+        scratch_.offsets.resize(num_keys_);
+        int64_t block = first_key_ / a_.block_size, within = first_key_ % a_.block_size;
+        for (int64_t& offset : scratch_.offsets) {
+            offset = (blocks[block] * a_.block_size + within) * stride + piece_.kv_head * HEAD;
+            if (++within == a_.block_size) within = 0, block++;
+        }
+    }
+
+    // A key or a value, with those to come fetched from memory meanwhile: one head of each token is no stream to the CPU.
+    const T* row_of(const void* cache, int64_t key) const {
+        const T* rows = static_cast<const T*>(cache);
+        const T* ahead = rows + scratch_.offsets[std::min(key + KEYS_AHEAD, num_keys_ - 1)];
+        for (int64_t i = 0; i < HEAD; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(ahead + i);
+        return rows + scratch_.offsets[key];
     }
 
     void widen_queries() {
+        scratch_.queries.resize(rows_ * HEAD);
         for (int64_t row = 0; row < rows_; row++) {
-            const T* q = static_cast<const T*>(a_.q) + token(row) * a_.q_stride + head(row) * a_.head_size;
-            float* to = scratch_.queries.data() + row * a_.head_size;
-            for (int64_t i = 0; i < a_.head_size; i += LANES) store(to + i, load(q + i) * a_.scale);
+            const T* q = static_cast<const T*>(a_.q) + token(row) * a_.q_stride + head(row) * HEAD;
+            for (int v = 0; v < VECTORS; v++)
+                store(scratch_.queries.data() + row * HEAD + v * LANES, load(q + v * LANES) * a_.scale);
         }
     }
 
     void score_keys() {
-        const PagedRows<T> keys = rows_of(a_.k_cache);
+        scratch_.scores.resize(rows_ * num_keys_);
+        const float* queries = scratch_.queries.data();
         for (int64_t key = 0; key < num_keys_; key++) {
-            const T* k = keys[first_key_ + key];
+            const T* at = row_of(a_.k_cache, key);
+            F32x16 k[VECTORS];
+            for (int v = 0; v < VECTORS; v++) k[v] = load(at + v * LANES);
             for (int64_t row = 0; row < rows_; row++) {
-                const float* q = scratch_.queries.data() + row * a_.head_size;
                 F32x16 products{};
-                for (int64_t i = 0; i < a_.head_size; i += LANES) products += load(k + i) * load(q + i);
+                for (int v = 0; v < VECTORS; v++) products += k[v] * load(queries + row * HEAD + v * LANES);
                 scratch_.scores[row * num_keys_ + key] = sum(products);
             }
         }
     }
 
-    // Scores of a row to weights; keys that its query does not see get none.
+    // Which of the piece's keys a row's query sees, from first to before last.
+    int64_t last_seen(int64_t row) const { return piece_.first_position + row / group_ + 1 - first_key_; }
+    int64_t first_seen(int64_t row) const { return a_.window ? std::max<int64_t>(0, last_seen(row) - a_.window) : 0; }
+
     void softmax(int64_t row) {
         float* scores = scratch_.scores.data() + row * num_keys_;
-        const int64_t position = piece_.first_position + row / group_;
-        const int64_t last = position + 1 - first_key_;
-        const int64_t first = a_.window ? std::max<int64_t>(0, position + 1 - a_.window - first_key_) : 0;
+        const int64_t first = first_seen(row), last = last_seen(row);
         float most = scores[first];
         for (int64_t i = first; i < last; i++) most = std::max(most, scores[i]);
-        std::fill(scores, scores + first, 0.0f);
-        std::fill(scores + last, scores + num_keys_, 0.0f);
         float total = 0;
         int64_t i = first;
         for (; i + LANES <= last; i += LANES) {
@@ -123,24 +131,15 @@ private:
         for (i = first; i < last; i++) scores[i] *= factor;
     }
 
-    void sum_values() {
-        const PagedRows<T> values = rows_of(a_.v_cache);
-        for (int64_t key = 0; key < num_keys_; key++) {
-            const T* v = values[first_key_ + key];
-            for (int64_t row = 0; row < rows_; row++) {
-                const float weight = scratch_.scores[row * num_keys_ + key];
-                float* to = scratch_.sums.data() + row * a_.head_size;
-                for (int64_t i = 0; i < a_.head_size; i += LANES) store(to + i, load(to + i) + load(v + i) * weight);
-            }
+    void sum_values(int64_t row) {
+        const float* weights = scratch_.scores.data() + row * num_keys_;
+        F32x16 sums[VECTORS] = {};
+        for (int64_t key = first_seen(row); key < last_seen(row); key++) {
+            const T* at = row_of(a_.v_cache, key);
+            for (int v = 0; v < VECTORS; v++) sums[v] += load(at + v * LANES) * weights[key];
         }
-    }
-
-    void write() {
-        for (int64_t row = 0; row < rows_; row++) {
-            T* to = static_cast<T*>(a_.out) + (token(row) * a_.heads + head(row)) * a_.head_size;
-            const float* from = scratch_.sums.data() + row * a_.head_size;
-            for (int64_t i = 0; i < a_.head_size; i += LANES) store(to + i, load(from + i));
-        }
+        T* to = static_cast<T*>(a_.out) + (token(row) * a_.heads + head(row)) * HEAD;
+        for (int v = 0; v < VECTORS; v++) store(to + v * LANES, sums[v]);
     }
 
     const Attention& a_;
@@ -161,16 +160,37 @@ std::vector<Piece> cut(const Attention& a) {
     return pieces;
 }
 
+template <class T, int VECTORS>
+int32_t attend(const Attention& attention) {
+    const auto pieces = cut(attention);
+    parallel(int64_t(pieces.size()), [&](int64_t first, int64_t last) {
+        thread_local Scratch scratch;
+        for (int64_t i = first; i < last; i++) PieceAttention<T, VECTORS>(attention, pieces[i], scratch).run();
+    });
+    return 1;
+}
+
+template <class T>
+int32_t attend(const Attention& attention) {
+    switch (attention.head_size) {
+        case 16: return attend<T, 1>(attention);
+        case 32: return attend<T, 2>(attention);
+        case 48: return attend<T, 3>(attention);
+        case 64: return attend<T, 4>(attention);
+        case 80: return attend<T, 5>(attention);
+        case 96: return attend<T, 6>(attention);
+        case 128: return attend<T, 8>(attention);
+        case 192: return attend<T, 12>(attention);
+        case 256: return attend<T, 16>(attention);
+        default: return 0;
+    }
+}
+
 }  // namespace
 }  // namespace onebase
 
-// The contract of paged_attention in reference.py; head_size must be a multiple of 16.
-ONEBASE_EXPORT void onebase_attention(const onebase::Attention* attention, int32_t dtype) {
-    const auto pieces = onebase::cut(*attention);
-    onebase::dispatch(dtype, [&]<class T>() {
-        onebase::parallel(int64_t(pieces.size()), [&](int64_t first, int64_t last) {
-            thread_local onebase::Scratch scratch;
-            for (int64_t i = first; i < last; i++) onebase::PieceAttention<T>(*attention, pieces[i], scratch).run();
-        });
-    });
+// The contract of paged_attention in reference.py; false for a head size that is not carried.
+ONEBASE_EXPORT int32_t onebase_attention(const onebase::Attention* attention, int32_t dtype) {
+    return dtype == onebase::BFLOAT16 ? onebase::attend<onebase::BFloat16>(*attention)
+                                      : onebase::attend<float>(*attention);
 }

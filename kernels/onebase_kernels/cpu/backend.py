@@ -83,7 +83,7 @@ def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float, window: int | None = None
 ) -> Tensor:
     """As `reference.paged_attention`."""
-    is_carried = q.dtype in DTYPES and q.shape[2] % _LANES == 0 and q.dtype == k_cache.dtype == v_cache.dtype
+    is_carried = q.dtype in DTYPES and q.dtype == k_cache.dtype == v_cache.dtype
     if not is_carried or not _has_plain_tokens(q) or not _are_plain(k_cache, v_cache, batch.block_tables):
         return sdpa_attention.paged_attention(q, k_cache, v_cache, batch, scale, window)
     out = torch.empty(q.shape, dtype=q.dtype)
@@ -106,8 +106,9 @@ def paged_attention(
         window=window or 0,
         scale=scale,
     )
-    _library.onebase_attention(ctypes.byref(call), DTYPES[q.dtype])
-    return out
+    if _library.onebase_attention(ctypes.byref(call), DTYPES[q.dtype]):
+        return out
+    return sdpa_attention.paged_attention(q, k_cache, v_cache, batch, scale, window)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -151,6 +152,24 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     y = torch.empty(rows, size, dtype=gate_up.dtype)
     _library.onebase_silu_mul(gate_up.data_ptr(), y.data_ptr(), rows, size, DTYPES[gate_up.dtype])
     return y
+
+
+def head_logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """As `reference.head_logits`; bf16 is not rounded once more on the way to fp32."""
+    (vocab, size), plain = head.shape, hidden.is_contiguous() and head.is_contiguous()
+    if plain and hidden.dtype == head.dtype == torch.bfloat16 and vocab % _LANES == 0 and size % (2 * _LANES) == 0:
+        logits = torch.empty(len(hidden), vocab, dtype=torch.float32)
+        if _library.onebase_dense_linear(
+            hidden.data_ptr(), len(hidden), head.data_ptr(), vocab, size, logits.data_ptr()
+        ):
+            return logits
+    return reference.head_logits(hidden, head)
+
+
+def set_num_threads(count: int) -> None:
+    """As `reference.set_num_threads`, for the library's threads and for torch's."""
+    _library.onebase_set_threads(count)
+    torch.set_num_threads(count)
 
 
 def _are_plain(*tensors: Tensor) -> bool:

@@ -29,7 +29,7 @@ VARIANTS: Mapping[str, tuple[str, ...]] = {
 """Compiler flags of each variant, the fastest first; machines that are not x86-64 get the last one only."""
 
 FLAGS = (
-    *("-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-fvisibility=hidden"),
+    *("-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-pthread", "-fPIC", "-fvisibility=hidden"),
     *("-Wall", "-Wextra", "-Wno-psabi"),
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # gcc 12's own intrinsics trip these
 )
@@ -75,9 +75,9 @@ def _build_variant(compiler: str, variant: str) -> Path:
         command = [compiler, *FLAGS, *VARIANTS[variant], "-c", str(HERE / source), "-o", str(target)]
         subprocess.run(command, check=True)
         objects.append(target)
-    # Linked without an OpenMP runtime of its own, see parallel.h; renamed into place, for it may be in use.
+    # Renamed into place, for the one before may be in use.
     unfinished = path.with_suffix(".unfinished")
-    subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(unfinished)], check=True)
+    subprocess.run([compiler, "-shared", "-pthread", *map(str, objects), "-o", str(unfinished)], check=True)
     unfinished.replace(path)
     for target in objects:
         target.unlink()

@@ -1,7 +1,4 @@
-"""Loads the C++ ops: the fastest variant that this machine can run, and their C interface for Python.
-
-Threads are torch's own: the library's OpenMP calls bind to the runtime that `import torch` has put into the process.
-"""
+"""Loads the C++ ops: the fastest variant that this machine can run, and their C interface for Python."""
 
 import ctypes
 import platform
@@ -82,8 +79,14 @@ _SIGNATURES: Mapping[str, tuple[object, ...]] = {
     "onebase_rms_norm": (Pointer, Pointer, Pointer, Int, Int, Float, Code),
     "onebase_rope": (Pointer, Int, Int, Int, Int, Pointer, Pointer, Code),
     "onebase_silu_mul": (Pointer, Pointer, Int, Int, Code),
+    "onebase_dense_linear": (Pointer, Int, Pointer, Int, Int, Pointer),
+    "onebase_set_threads": (Int,),
     "onebase_write_cache": (Pointer, Int, Int, Int, Pointer, Pointer),
 }
+
+
+_TELL_WHETHER_CARRIED = {"onebase_dense_linear", "onebase_attention"}
+"""Functions that return false, and do nothing, for shapes that they do not carry."""
 
 
 class LibraryUnavailable(Exception):
@@ -116,7 +119,7 @@ def why_not(variant: str) -> str | None:
         return "not built (no C++ compiler, or too old a one, when Onebase was installed)"
     try:
         library = _open(variant)
-    except OSError as error:  # no OpenMP runtime to bind to, another C library
+    except OSError as error:  # built for another C library
         return f"cannot be loaded: {error}"
     return None if library.onebase_start() else "the operating system does not grant its registers"
 
@@ -125,7 +128,7 @@ def _open(variant: str) -> ctypes.CDLL:
     library = ctypes.CDLL(str(library_path(variant)))
     for function, arguments in _SIGNATURES.items():
         getattr(library, function).argtypes = arguments
-        getattr(library, function).restype = None
+        getattr(library, function).restype = Code if function in _TELL_WHETHER_CARRIED else None
     return library
 
 

@@ -1,27 +1,43 @@
-// Work on torch's own threads.
+// Work shared between a few threads of the library's own, for machines that are busy with other things too.
 //
-// The library is compiled for OpenMP but not linked to a runtime of its own: its calls find the one that torch has
-// loaded (see library.py). A second pool would spin beside torch's and halve a small machine.
+// A call cuts its work into pieces that threads claim one by one, the caller among them, and ends as soon as all pieces
+// are done: it never waits for a thread that claimed none, because the system is running something else in its place.
+// (OpenMP's barrier does wait; on two cores shared with the HTTP process a step then takes ten times as long.) Between
+// calls the threads spin for some microseconds, for the next op of a step is near, then sleep.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <omp.h>
 
 namespace onebase {
 
-// Calls `body(first, last)` on each thread with that thread's share of `count` items.
+constexpr int64_t PIECES_PER_THREAD = 4;
+
+// How many threads compute, the caller among them.
+int64_t num_threads();
+
+// Calls `run(context, piece)` for every piece in [0, pieces), on all threads.
+void run_pieces(int64_t pieces, void (*run)(const void* context, int64_t piece), const void* context);
+
+// Calls `body(first, last)` for runs of items that together are [0, count).
 template <class Body>
 inline void parallel(int64_t count, Body body) {
-    if (count <= 1 || omp_get_max_threads() == 1) {
+    const int64_t pieces = std::min(count, num_threads() == 1 ? 1 : num_threads() * PIECES_PER_THREAD);
+    if (pieces <= 1) {
         if (count > 0) body(int64_t(0), count);
         return;
     }
-#pragma omp parallel
-    {
-        const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-        const int64_t first = count * thread / threads, last = count * (thread + 1) / threads;
-        if (first < last) body(first, last);
-    }
+    struct Context {
+        const Body& body;
+        int64_t count, pieces;
+    } context{body, count, pieces};
+    run_pieces(
+        pieces,
+        [](const void* opaque, int64_t piece) {
+            const auto& c = *static_cast<const Context*>(opaque);
+            c.body(c.count * piece / c.pieces, c.count * (piece + 1) / c.pieces);
+        },
+        &context);
 }
 
 }  // namespace onebase

@@ -6,6 +6,7 @@ Lives in the API process's event loop. It knows nothing of HTTP, and no torch.
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import sys
 import uuid
@@ -187,6 +188,7 @@ class EngineClient:
                 str(theirs.fileno()),
                 pass_fds=[theirs.fileno()],
                 stdin=asyncio.subprocess.DEVNULL,
+                env={"OMP_WAIT_POLICY": "passive"} | os.environ,  # torch's idle threads leave the cores to others
             )
         reader, self._writer = await asyncio.open_connection(sock=ours)
         try:

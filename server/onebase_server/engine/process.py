@@ -14,9 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-import torch
-
-from onebase_kernels import use_backend
+import onebase_kernels as kernels
 from onebase_server.engine.core import Engine
 from onebase_server.engine.protocol import EngineSocket
 from onebase_server.engine.request import Failed, Ready, ToEngine
@@ -55,8 +53,8 @@ class Inbox:
 def load_engine(settings: EngineSettings, inbox: Inbox) -> tuple[Engine, Ready]:
     """Load the base and lay out memory; raises OnebaseError when the base or a setting is wrong."""
     started = time.perf_counter()
-    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
-    use_backend(settings.kernels, resolve_device(settings.device).type)
+    kernels.use_backend(settings.kernels, resolve_device(settings.device).type)
+    kernels.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
     with step_progress("Quantising the base to NF4") as on_progress:
         decoder = load_decoder(Path(settings.base), settings, on_progress)
     engine = Engine(decoder, settings, on_loaded=inbox.ring)

@@ -15,6 +15,9 @@ from torch import Tensor
 from onebase_server.engine.request import Logprob, SamplingParams
 from onebase_server.engine.sequence import Sequence
 
+GREEDY_BELOW = 1e-5
+"""The temperature under which the best token is taken: dividing by less makes infinite logits, and these no text."""
+
 
 def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[int]:
     """One token id per row of `logits` [R, vocab] (float32, changed in place by penalties and temperature)."""
@@ -70,7 +73,7 @@ def chosen_logprobs(logits: Tensor, token_ids: Rows[int], num_top: int) -> list[
 
 
 def _is_random(params: SamplingParams) -> bool:
-    return params.temperature > 0
+    return params.temperature >= GREEDY_BELOW
 
 
 def _is_filtered(params: SamplingParams) -> bool:

@@ -67,7 +67,7 @@ class Decoder:
     @torch.inference_mode()
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Logits fp32 [R, vocab] of hidden states [R, hidden]."""
-        return F.linear(hidden, self.weights.head).float()
+        return kernels.head_logits(hidden, self.weights.head)
 
     def _attend(
         self,
