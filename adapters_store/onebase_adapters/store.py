@@ -182,6 +182,10 @@ class AdapterStore:
             raise AdapterNotFound(f"There is no adapter {name}.")
         return versions
 
+    def is_live(self, digest: str) -> bool:
+        """Whether this digest is the live version of any name: the same adapter may have several."""
+        return self._catalogue.is_live(digest)
+
     def rollback(self, name: str, version: int | None = None) -> AdapterVersion:
         """Make an older (or any other) version live; by default the highest one below the live one.
 

@@ -6,6 +6,7 @@ requests never wait for them, for each is pinned to the version it was admitted 
 
 import asyncio
 import logging
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -78,8 +79,8 @@ class Publisher:
     async def remove(self, name: str) -> None:
         """Remove an adapter; what runs on it runs to its end. Raises AdapterNotFound."""
         async with self._lock_of(name):
-            for version in await run_sync(self._store.remove, name):
-                self._engine.retire(version.digest)
+            removed = await run_sync(self._store.remove, name)
+            await self._retire({version.digest for version in removed})
             self._metrics.forget_adapter(name)
 
     def _lock_of(self, name: str) -> asyncio.Lock:
@@ -99,11 +100,17 @@ class Publisher:
             logger.warning("%s is published while the engine is away; its first request will load it", after.label)
             return
         finally:
-            if before is not None and before.digest != after.digest:
-                self._engine.retire(before.digest)
+            if before is not None:
+                await self._retire({before.digest})
         if attached.error is not None:
             raise OnebaseError(f"{after.label} is published, but the engine cannot load it: {attached.error}")
         self._metrics.swap_duration.observe(attached.seconds)
+
+    async def _retire(self, digests: Collection[str]) -> None:
+        """Let the engine forget these, but for those that are live still, under this name or another."""
+        for digest in digests:
+            if not await run_sync(self._store.is_live, digest):
+                self._engine.retire(digest)
 
 
 def _check_fit(adapter: Adapter, *, info: Ready) -> None:

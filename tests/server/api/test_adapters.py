@@ -117,6 +117,16 @@ async def test_a_running_request_keeps_its_version_while_it_is_replaced_and_remo
     server.wait_until(lambda: server.context.admission.in_flight == 0)
 
 
+async def test_an_adapter_stays_in_memory_when_its_twin_under_another_name_is_removed(server, openai, publish):
+    publish("twin", seed=77)
+    publish("other-twin", seed=77)
+    server.delete("/v1/adapters/other-twin")
+    attaches = server.metric("onebase_adapter_attaches_total")
+    for _ in range(2):
+        await openai.completions.create(model="twin", prompt="Hello", max_tokens=1)
+    assert server.metric("onebase_adapter_attaches_total") == attaches
+
+
 async def test_uploads_of_one_name_at_one_time_become_consecutive_versions(server, make_archive):
     archives = [make_archive(seed=seed) for seed in range(4)]
     responses = await asyncio.gather(*(asyncio.to_thread(upload, server, "raced", archive) for archive in archives))
@@ -150,6 +160,10 @@ def poison(config, tensors):
     next(iter(tensors.values()))[0, 0] = np.nan
 
 
+def ask_for_the_unspeakable(config, tensors):
+    config["\ud800"] = True  # JSON can escape half of a surrogate pair, and no answer can hold it
+
+
 def reshape(config, tensors):
     name = next(name for name in tensors if "lora_A" in name)
     tensors[name] = tensors[name][:, :-1].copy()
@@ -160,6 +174,7 @@ def reshape(config, tensors):
     [
         (poison, "invalid_adapter_tensors"),
         (reshape, "invalid_adapter_tensors"),
+        (ask_for_the_unspeakable, "unsupported_adapter"),
         (lambda config, tensors: config.update(peft_type="LOHA"), "unsupported_adapter"),
     ],
 )
