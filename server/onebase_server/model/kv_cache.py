@@ -39,10 +39,10 @@ def kv_bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype)
 def allocate_kv_cache(
     config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> KvCache:
-    """Zeros for `num_blocks` blocks; the system commits a page only once it is written."""
+    """Memory for `num_blocks` blocks, not cleared: no op reads what was not written, and an unwritten page costs none."""
     shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
 
     def one_per_layer() -> tuple[Tensor, ...]:
-        return tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers))
+        return tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers))
 
     return KvCache(keys=one_per_layer(), values=one_per_layer())
