@@ -36,6 +36,8 @@ from .adapter import Adapter, AdapterNotFound, BaseLayout, StoreError, VersionNo
 
 SCHEMA_VERSION = 1
 BUSY_SECONDS = 30
+LARGEST_INTEGER = 2**63 - 1
+"""SQLite's; a version beyond it cannot even be asked for."""
 
 _schema = MetaData()
 _meta = Table("meta", _schema, Column("key", String, primary_key=True), Column("value", String, nullable=False))
@@ -178,6 +180,10 @@ class Catalogue:
                 connection.scalar(select(_versions.c.digest).where(_versions.c.digest == digest).limit(1)) is not None
             )
 
+    def is_live(self, digest: str) -> bool:
+        """Whether this blob is the live version of any name."""
+        return bool(self._read(_select_versions(_versions.c.digest == digest, _is_live)))
+
     def add(self, name: str, adapter: Adapter, digest: str, source_sha256: str) -> AdapterVersion:
         """Record the next version of a name, live at once."""
         with self._transaction() as connection:
@@ -309,9 +315,10 @@ def _configure(connection: Any, _record: object) -> None:
 
 
 def _resolve(connection: Connection, name: str, version: int | None) -> AdapterVersion:
+    row = None
     if version is None:
         row = connection.execute(_SELECT_LIVE, {"name": name}).one_or_none()
-    else:
+    elif version <= LARGEST_INTEGER:
         row = connection.execute(_SELECT_VERSION, {"name": name, "version": version}).one_or_none()
     if row is not None:
         return _parse_row(row)

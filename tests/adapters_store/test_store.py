@@ -86,6 +86,8 @@ class TestVersions:
         assert store.rollback("pirate", 3).is_live
         with pytest.raises(VersionNotFound, match="no version 4"):
             store.rollback("pirate", 4)
+        with pytest.raises(VersionNotFound, match="no version 1000"):
+            store.rollback("pirate", 10**30)  # more than SQLite's integers hold
         assert store.resolve("pirate").version == 3
         store.rollback("pirate", 1)
         assert store.publish("pirate", write_peft(seed=9)).version == 4

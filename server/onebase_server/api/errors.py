@@ -5,6 +5,7 @@ package builds an error response.
 """
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,9 @@ from onebase_server.metrics import Outcome
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 1
-_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+_SUBJECT = re.compile("Value error, |(Input|String|List|Value) (?=should )")
+"""What pydantic's messages begin with; here the field's name stands before them."""
+_CODES = {400: BadRequest.code, 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,7 @@ def envelope_of(exc: Exception) -> Envelope:
         case OnebaseError():
             return Envelope(ErrorBody(exc.message, exc.type, exc.param, exc.code))
         case AdapterError():
-            return Envelope(ErrorBody(str(exc), _type_of(exc.status), None, exc.code))
+            return Envelope(ErrorBody(_encodable(str(exc)), _type_of(exc.status), None, exc.code))
         case HTTPException():
             code = _CODES.get(exc.status_code, "http_error")
             return Envelope(ErrorBody(exc.detail, _type_of(exc.status_code), None, code))
@@ -117,6 +120,11 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, on_error)
 
 
+def _encodable(text: str) -> str:
+    """`text` as UTF-8 can carry it: what it quotes of an upload's JSON may hold half of a surrogate pair."""
+    return text.encode(errors="replace").decode()
+
+
 def _type_of(status: int) -> str:
     return BadRequest.type if status < 500 else OnebaseError.type
 
@@ -139,5 +147,5 @@ def _explain(problems: Sequence[Mapping[str, Any]], headers: Mapping[str, str]) 
         case "extra_forbidden":
             return BadRequest(f"The field {field} is not supported by this server.", param=field)
         case _:
-            reason = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+            reason = _SUBJECT.sub("", problem["msg"])
             return BadRequest(f"The field {field} is wrong: it {reason.rstrip('.')}.", param=field)

@@ -47,11 +47,16 @@ def _allowed_folder(context: Context) -> Path:
 
 def _resolve(lora_path: str, folder: Path) -> Path:
     """The directory meant, a relative one inside `folder`; raises NotAllowed if it, or a file of it, lies elsewhere."""
-    directory = (folder / lora_path).resolve()
-    for path in (directory, directory / CONFIG_FILE, directory / WEIGHTS_FILE):
-        if not path.resolve().is_relative_to(folder):
+    try:
+        directory = (folder / lora_path).resolve()
+        files = [(directory / name).resolve() for name in (CONFIG_FILE, WEIGHTS_FILE)]
+        is_directory = directory.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, a loop of links
+        raise BadRequest("lora_path is not a path on this server.", param="lora_path") from error
+    for path in (directory, *files):
+        if not path.is_relative_to(folder):
             raise NotAllowed("lora_path is outside of the folder given as --allow-local-paths.", param="lora_path")
-    if not directory.is_dir():
+    if not is_directory:
         raise BadRequest("lora_path is not a directory.", param="lora_path")
     return directory
 

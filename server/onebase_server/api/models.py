@@ -1,5 +1,6 @@
 """What a request's `model` names: the base, or one version of an adapter, held for as long as the request runs."""
 
+import re
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -8,6 +9,9 @@ from onebase_adapters.catalogue import AdapterVersion
 from onebase_adapters.store import AdapterStore
 from onebase_server.engine.request import AdapterRef
 from onebase_server.errors import ModelNotFound
+
+VERSION = re.compile("[0-9]{1,18}")
+"""What fits into 64 bits; more versions than that there will not be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +35,7 @@ def resolve_model(model: str, base_name: str, store: AdapterStore) -> AdapterVer
     if model == base_name:
         return None
     name, at, version = model.removeprefix(f"{base_name}:").partition("@")
-    if at and not (version.isascii() and version.isdecimal()):
+    if at and not VERSION.fullmatch(version):
         raise ModelNotFound(f"The model {model} does not exist: a version is a number.", param="model")
     try:
         return store.resolve(name, int(version) if at else None)

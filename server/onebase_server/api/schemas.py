@@ -6,7 +6,7 @@ knows no tokens and no engine: what depends on the model is checked in `generati
 
 from typing import Annotated, Any, Literal, Self, TypeGuard
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from onebase_server.errors import BadRequest
 
@@ -51,12 +51,24 @@ NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
 }
 
 
+def _refuse_lone_surrogates(text: str) -> str:
+    """JSON can escape half of a UTF-16 pair, which is no character: neither the tokenizer nor UTF-8 has it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"must be text, but character {error.start} is half of a surrogate pair") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_refuse_lone_surrogates)]
+
+
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
 StopStrings = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=256)]],
+    list[Annotated[Text, Field(min_length=1, max_length=256)]],
     BeforeValidator(_as_list),
     Field(max_length=MAX_STOP_STRINGS),
 ]
@@ -72,7 +84,9 @@ def _as_prompts(value: object) -> list[Prompt]:
         raise ValueError("must be a text, a list of texts, a list of token ids, or a list of such lists")
     for index, prompt in enumerate(value):
         if not isinstance(prompt, str) and not _is_token_ids(prompt):
-            raise ValueError(f"item {index} is neither a text nor a list of token ids")
+            raise ValueError(f"must hold texts or lists of token ids, and item {index} is neither")
+        if isinstance(prompt, str):
+            _refuse_lone_surrogates(prompt)
     return value
 
 
@@ -101,7 +115,7 @@ class StreamOptions(ApiModel):
 class GenerationRequest(ApiModel):
     """What completions and chat completions have in common; `null` anywhere means the default."""
 
-    model: str = Field(description="The base, an adapter, `base:adapter`, or `adapter@version`.")
+    model: Text = Field(description="The base, an adapter, `base:adapter`, or `adapter@version`.")
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="Choices for each prompt.")
     temperature: float = Field(1.0, ge=0, description="0 is greedy.")
     top_p: float = Field(1.0, gt=0, le=1)
@@ -114,9 +128,9 @@ class GenerationRequest(ApiModel):
     stream: bool = Field(False, description="Answer with server-sent events.")
     stream_options: StreamOptions | None = None
 
-    top_k: int = Field(0, ge=-1, description="vLLM: keep the k most likely tokens; 0 or -1 is off.")
+    top_k: int = Field(0, ge=-1, lt=2**63, description="vLLM: keep the k most likely tokens; 0 or -1 is off.")
     min_p: float = Field(0.0, ge=0, le=1, description="vLLM: least share of the likeliest token's probability.")
-    repetition_penalty: float = Field(1.0, gt=0, le=10, description="vLLM: above 1 discourages tokens seen before.")
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10, description="vLLM: above 1 discourages tokens seen before.")
     stop_token_ids: list[TokenId] = Field([], max_length=256, description="vLLM: tokens that end the answer.")
     include_stop_str_in_output: bool = Field(False, description="vLLM: keep what ended the answer in its text.")
     ignore_eos: bool = Field(False, description="vLLM: do not stop at the end-of-text token.")
@@ -159,7 +173,7 @@ class TextPart(ApiModel):
     """A part of a message's content; only text is carried."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 def _text_of(content: object) -> object:
@@ -169,7 +183,7 @@ def _text_of(content: object) -> object:
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind != "text":
-            raise ValueError(f"a content part of type {kind!r} is not supported; only text parts are")
+            raise ValueError(f"must be text: a part of type {kind!r} is not supported")
     return "".join(TextPart.model_validate(part).text for part in content)
 
 
@@ -177,8 +191,8 @@ class ChatMessage(ApiModel):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_text_of, json_schema_input_type=str | list[TextPart])]
-    name: str | None = None
+    content: Annotated[Text, BeforeValidator(_text_of, json_schema_input_type=str | list[TextPart])]
+    name: Text | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -215,15 +229,15 @@ class ChatCompletionRequest(GenerationRequest):
 class LoadLoraAdapter(ApiModel):
     """`POST /v1/load_lora_adapter`, as vLLM takes it."""
 
-    lora_name: str
-    lora_path: str = Field(description="A PEFT directory inside the folder given as --allow-local-paths.")
+    lora_name: Text
+    lora_path: Text = Field(description="A PEFT directory inside the folder given as --allow-local-paths.")
     load_inplace: bool = Field(False, description="Replace an adapter of the same name by a new version.")
 
 
 class UnloadLoraAdapter(ApiModel):
     """`POST /v1/unload_lora_adapter`, as vLLM takes it."""
 
-    lora_name: str
+    lora_name: Text
     lora_int_id: int | None = Field(None, description="Accepted for vLLM's clients; the name decides.")
 
 

@@ -151,6 +151,9 @@ async def test_a_prompt_that_shares_its_beginning_is_counted_as_cached(openai):
         ({"prompt": "x", "max_tokens": 0}, "invalid_request", "max_tokens"),
         ({"prompt": "x", "n": 0}, "invalid_request", "n"),
         ({"prompt": ["x"] * 2000}, "invalid_request", "n"),
+        ({"prompt": ["x", [True]]}, "invalid_request", "prompt"),
+        ({"prompt": "x", "extra_body": {"top_k": 2**64}}, "invalid_request", "top_k"),
+        ({"prompt": "x", "extra_body": {"repetition_penalty": 1e-300}}, "invalid_request", "repetition_penalty"),
         ({"prompt": "x", "extra_body": {"stop_token_ids": [10**6]}}, "invalid_request", "stop_token_ids"),
     ],
 )

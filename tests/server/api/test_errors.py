@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from onebase_adapters.store import AdapterStore
@@ -21,9 +23,13 @@ def error_of(response) -> dict:
         ("POST", CHAT, {"content": "{"}, 400, "invalid_request", "not valid JSON"),
         ("POST", CHAT, {"content": "[]"}, 400, "invalid_request", "must be a JSON object"),
         ("POST", CHAT, {"data": {"a": "b"}}, 400, "invalid_request", "application/x-www-form-urlencoded"),
+        ("POST", CHAT, {"content": "[" * 100_000}, 400, "invalid_request", "parsing the body"),
         ("POST", CHAT, {"json": {}}, 400, "invalid_request", "model is missing"),
         ("GET", "/v1/adapters/nobody", {}, 404, "adapter_not_found", "nobody"),
         ("DELETE", "/v1/adapters/nobody", {}, 404, "adapter_not_found", "nobody"),
+        ("POST", "/v1/adapters/nobody/rollback", {"json": {"version": 10**30}}, 404, "adapter_not_found", "nobody"),
+        ("GET", f"/v1/models/nobody@{10**30}", {}, 404, "model_not_found", "a version is a number"),
+        ("GET", f"/v1/models/nobody@{'9' * 5000}", {}, 404, "model_not_found", "a version is a number"),
         ("GET", "/ready", {}, 503, "engine_unavailable", "starting"),
         ("POST", "/v1/completions", {"json": {"model": "tiny", "prompt": "x"}}, 503, "engine_unavailable", "starting"),
     ],
@@ -36,6 +42,25 @@ async def test_every_failure_is_an_envelope_that_says_what_is_wrong(
     error = error_of(response)
     assert (response.status_code, error["code"]) == (status, code)
     assert message in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"model": "tiny", "prompt": "\ud800"}),
+        ("/v1/completions", {"model": "tiny", "prompt": ["fine", "\ud800"]}),
+        ("/v1/completions", {"model": "\ud800", "prompt": "fine"}),
+        ("/v1/completions", {"model": "tiny", "prompt": "fine", "stop": "\ud800"}),
+        (CHAT, {"model": "tiny", "messages": [{"role": "user", "content": "\ud800"}]}),
+        (CHAT, {"model": "tiny", "messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]}),
+        ("/v1/unload_lora_adapter", {"lora_name": "\ud800"}),
+    ],
+)
+async def test_half_of_a_surrogate_pair_is_refused_as_no_text(make_client, path, body):
+    async with make_client() as client:
+        response = await client.post(path, content=json.dumps(body))  # httpx itself would refuse to send it unescaped
+    assert (response.status_code, error_of(response)["code"]) == (400, "invalid_request")
+    assert "surrogate pair" in error_of(response)["message"]
 
 
 async def test_a_bug_is_not_told_to_the_client(make_client, monkeypatch):

@@ -35,6 +35,14 @@ def test_nothing_outside_of_the_one_folder_is_read(server, local, tmp_path, writ
     assert load(server, "outside", "missing").status_code == 400
 
 
+@pytest.mark.parametrize("path", ["a\0b", "a" * 5000, "loop"])
+def test_what_is_no_path_at_all_is_refused(server, local, path):
+    (local / "loop").unlink(missing_ok=True)
+    (local / "loop").symlink_to("loop")
+    response = load(server, "nowhere", path)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "lora_path")
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [
