@@ -48,7 +48,9 @@ class EngineSettings(BaseModel):
 class Settings(BaseSettings, EngineSettings):
     """Everything that `onebase serve` can be told."""
 
-    model_config = SettingsConfigDict(env_prefix="ONEBASE_", toml_file="onebase.toml", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix="ONEBASE_", env_ignore_empty=True, toml_file="onebase.toml", frozen=True, extra="forbid"
+    )
 
     # what to serve
     revision: str | None = Field(None, description="Hub revision (a commit hash pins it) when `base` is a hub id.")
@@ -59,8 +61,10 @@ class Settings(BaseSettings, EngineSettings):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on.")
     insecure: bool = Field(False, description="Allow other hosts in although a key is missing.")
-    api_key: SecretStr | None = Field(None, description="Key for generation; set it as ONEBASE_API_KEY.")
-    admin_key: SecretStr | None = Field(None, description="Key for adapters; set it as ONEBASE_ADMIN_KEY.")
+    api_key: SecretStr | None = Field(None, min_length=1, description="Key for generation; set it as ONEBASE_API_KEY.")
+    admin_key: SecretStr | None = Field(
+        None, min_length=1, description="Key for adapters; set it as ONEBASE_ADMIN_KEY."
+    )
     allow_local_paths: Path | None = Field(
         None, description="The one folder that /v1/load_lora_adapter may read; off by default."
     )

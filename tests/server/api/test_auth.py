@@ -49,6 +49,14 @@ async def test_a_part_without_a_key_is_open(make_client):
         assert await status(client, "GET", "/v1/adapters", None) == 401
 
 
+async def test_an_empty_variable_is_no_key(make_client, monkeypatch):
+    monkeypatch.setenv("ONEBASE_API_KEY", "")
+    monkeypatch.setenv("ONEBASE_ADMIN_KEY", "")
+    async with make_client() as client:
+        assert await status(client, "GET", "/v1/models", None) == 200
+        assert await status(client, "GET", "/v1/adapters", None) == 200
+
+
 async def test_a_missing_key_is_asked_for_as_http_does(make_client):
     async with make_client(**KEYS) as client:
         response = await client.get("/v1/models")
