@@ -41,6 +41,12 @@ def test_temperature_zero_takes_the_best() -> None:
     assert sample(logits, [make_sequence(temperature=0.0) for _ in range(4)]) == best
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 5e-324])
+def test_a_temperature_too_small_to_divide_by_takes_the_best(temperature: float) -> None:
+    logits = random_logits(1)
+    assert set(draw(logits, 20, temperature=temperature)) == {int(logits.argmax())}
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.sampled_from(["greedy", "plain", "top_k", "top_p", "min_p", "penalised"]), min_size=2, max_size=6))
 def test_a_row_does_not_depend_on_the_rows_beside_it(kinds: list[str]) -> None:
