@@ -1,5 +1,6 @@
 """The engine's log-probabilities in OpenAI's two forms: chat's objects, and completions' parallel lists."""
 
+from codecs import getincrementaldecoder
 from collections.abc import Iterable, Sequence
 
 from onebase_server.api.responses import ChatLogprobs, ChatTokenLogprob, CompletionLogprobs, TopLogprob
@@ -24,18 +25,18 @@ def _chat_entry(tokenizer: Tokenizer, logprob: Logprob) -> ChatTokenLogprob:
 class CompletionLogprobsFormatter:
     """Formats one sequence's tokens as they come, counting where each begins in the text."""
 
-    def __init__(self, tokenizer: Tokenizer, text_offset: int = 0) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._text_offset = text_offset
+        self._text_offset = 0
+        self._characters = getincrementaldecoder("utf-8")(errors="replace")
 
     def format(self, token_ids: Sequence[int], logprobs: Sequence[Logprob | None]) -> CompletionLogprobs:
         """The next tokens; None stands for the prompt's first token, which nothing precedes."""
-        tokens = [self._tokenizer.id_to_token_text(token_id) for token_id in token_ids]
         return CompletionLogprobs(
-            tokens=tokens,
+            tokens=[self._tokenizer.id_to_token_text(token_id) for token_id in token_ids],
             token_logprobs=[None if logprob is None else logprob.logprob for logprob in logprobs],
             top_logprobs=[None if logprob is None else self._alternatives(logprob) for logprob in logprobs],
-            text_offset=[self._advance(token) for token in tokens],
+            text_offset=[self._advance(token_id) for token_id in token_ids],
         )
 
     def _alternatives(self, logprob: Logprob) -> dict[str, float]:
@@ -45,9 +46,10 @@ class CompletionLogprobsFormatter:
             alternatives.setdefault(self._tokenizer.id_to_token_text(token_id), value)
         return alternatives
 
-    def _advance(self, token: str) -> int:
+    def _advance(self, token_id: int) -> int:
+        """Where a token begins; a character of several tokens counts with the last of them."""
         offset = self._text_offset
-        self._text_offset += len(token)
+        self._text_offset += len(self._characters.decode(self._tokenizer.token_bytes(token_id)))
         return offset
 
 

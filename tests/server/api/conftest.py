@@ -77,6 +77,18 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Tokenizer:
+    """Each token is one byte, so that most characters beyond ASCII take several."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[])
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return Tokenizer(backend, eos_token_ids=(), chat_template=None)
+
+
 @contextmanager
 def open_app(settings: Settings) -> Iterator[FastAPI]:
     """The app of `settings`, its engine not started yet."""

@@ -1,26 +1,12 @@
 import hypothesis.strategies as st
 import pytest
-import tokenizers
 from hypothesis import given
 
 from onebase_server.api.generation import SequenceText
 from onebase_server.engine.request import TokenOutput
 from onebase_server.errors import EngineUnavailable, OnebaseError
-from onebase_server.model.tokenizer import Tokenizer
 
 ALPHABET = "ab é日😀"
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    """Each token is one byte, so that most characters of `ALPHABET` take several."""
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[])
-    )
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    return Tokenizer(backend, eos_token_ids=(), chat_template=None)
 
 
 def outputs_of(token_ids: list[int], step: int, reason: str) -> list[TokenOutput]:
@@ -35,10 +21,10 @@ def outputs_of(token_ids: list[int], step: int, reason: str) -> list[TokenOutput
     stop=st.lists(st.text(ALPHABET, min_size=1, max_size=3), max_size=2),
     step=st.integers(1, 3),
 )
-def test_the_streamed_text_is_the_whole_text_cut_at_its_stop(tokenizer, text, stop, step):
-    sequence = SequenceText(tokenizer.stream(), stop, include_stop=False)
+def test_the_streamed_text_is_the_whole_text_cut_at_its_stop(byte_tokenizer, text, stop, step):
+    sequence = SequenceText(byte_tokenizer.stream(), stop, include_stop=False)
     streamed, reason = "", None
-    for output in outputs_of(tokenizer.encode(text), step, "length"):
+    for output in outputs_of(byte_tokenizer.encode(text), step, "length"):
         piece = sequence.assemble(0, output)
         assert "\ufffd" not in piece.text  # no character is ever split
         streamed, reason = streamed + piece.text, piece.finish_reason
@@ -49,23 +35,25 @@ def test_the_streamed_text_is_the_whole_text_cut_at_its_stop(tokenizer, text, st
     assert reason == ("stop" if ends else "length")
 
 
-def test_a_character_that_the_end_cuts_off_shows_as_such(tokenizer):
-    sequence = SequenceText(tokenizer.stream(), [], include_stop=False)
-    pieces = [sequence.assemble(0, output).text for output in outputs_of(tokenizer.encode("a日")[:-1], 1, "length")]
+def test_a_character_that_the_end_cuts_off_shows_as_such(byte_tokenizer):
+    sequence = SequenceText(byte_tokenizer.stream(), [], include_stop=False)
+    pieces = [
+        sequence.assemble(0, output).text for output in outputs_of(byte_tokenizer.encode("a日")[:-1], 1, "length")
+    ]
     assert "".join(pieces) == "a\ufffd"
 
 
 @pytest.mark.parametrize("include_stop", [True, False])
-def test_the_token_that_ends_a_text_is_left_out_unless_asked_for(tokenizer, include_stop):
-    a, b = tokenizer.encode("ab")
-    sequence = SequenceText(tokenizer.stream(), [], include_stop=include_stop)
+def test_the_token_that_ends_a_text_is_left_out_unless_asked_for(byte_tokenizer, include_stop):
+    a, b = byte_tokenizer.encode("ab")
+    sequence = SequenceText(byte_tokenizer.stream(), [], include_stop=include_stop)
     piece = sequence.assemble(0, TokenOutput(request_id="r", token_ids=(a, b), finish_reason="stop", stop_token_id=b))
     assert piece.text == ("ab" if include_stop else "a")
     assert piece.token_ids == (a, b)  # it is generated, counted and scored all the same
 
 
 @pytest.mark.parametrize(("reason", "error"), [("error", OnebaseError), ("abort", EngineUnavailable)])
-def test_a_sequence_that_the_engine_gave_up_on_is_an_error(tokenizer, reason, error):
-    sequence = SequenceText(tokenizer.stream(), [], include_stop=False)
+def test_a_sequence_that_the_engine_gave_up_on_is_an_error(byte_tokenizer, reason, error):
+    sequence = SequenceText(byte_tokenizer.stream(), [], include_stop=False)
     with pytest.raises(error):
         sequence.assemble(0, TokenOutput(request_id="r", finish_reason=reason, error="It broke."))
