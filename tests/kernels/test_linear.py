@@ -73,7 +73,7 @@ class Arena:
         return y
 
 
-GROUPS = {"qkv": (24, 8, 8), "gate_up": (40, 40), "o": (32,)}
+GROUPS = {"qkv": (24, 8, 8), "gate_up": (40, 40), "o": (32,), "wide": (1700, 200)}
 RANKS = [4, 0, 16, 1]
 SEGMENTS = {
     "none": [],

@@ -20,7 +20,9 @@ struct Segment {
 namespace {
 
 constexpr int64_t RANKS = 8;      // rows of A that one piece of the shrink takes
-constexpr int64_t COLUMNS = 128;  // columns of B that one piece of the expand takes
+constexpr int64_t COLUMNS = 1536;  // most columns of B that one piece of the expand takes: long runs of memory
+constexpr int64_t FEW_COLUMNS = 256;  // where there are too few segments to give all threads something
+constexpr int64_t MANY_SEGMENTS = 4;
 constexpr int64_t ROWS = 4;       // rows of x or y that share one reading of A or B
 
 template <class T>
@@ -99,7 +101,7 @@ void shrink(const Group<T>& group, const ShrinkPiece& piece) {
     }
 }
 
-// y[N rows, 64 columns] += shrunk[N rows, rank] · b[rank, 64 columns].
+// y[N rows, 64 columns] += shrunk[N rows, rank] · b[rank, 64 columns], for rows that share an adapter.
 template <int N, class T>
 inline void expand_rows(const ExpandPiece& piece, const T* b, const float* shrunk, T* y, int64_t y_stride) {
     F32x16 sums[N][4];
@@ -114,6 +116,21 @@ inline void expand_rows(const ExpandPiece& piece, const T* b, const float* shrun
         for (int v = 0; v < 4; v++) store(y + n * y_stride + v * LANES, sums[n][v]);
 }
 
+// The same for one row and all columns of a piece. B is read once, so it is memory that counts: it goes by in long runs,
+// rank by rank, and the sums wait in the first cache.
+template <class T>
+inline void expand_row(const ExpandPiece& piece, const T* b, const float* shrunk, T* y) {
+    alignas(64) float sums[COLUMNS];
+    const int64_t columns = piece.columns / LANES * LANES;
+    for (int64_t i = 0; i < columns; i += LANES) store(sums + i, load(y + i));
+    for (int64_t rank = 0; rank < piece.rank; rank++) {
+        const T* row = b + rank * piece.width;
+        const float factor = shrunk[rank];
+        for (int64_t i = 0; i < columns; i += LANES) store(sums + i, load(sums + i) + load(row + i) * factor);
+    }
+    for (int64_t i = 0; i < columns; i += LANES) store(y + i, load(sums + i));
+}
+
 template <class T>
 inline void expand_one(const ExpandPiece& piece, const T* b, const float* shrunk, T* y) {
     float total = load_one(y);
@@ -126,17 +143,15 @@ void expand(const Group<T>& group, const ExpandPiece& piece) {
     const int64_t rows = piece.segment->stop - piece.segment->start, stride = group.num_outputs;
     const T* b = static_cast<const T*>(piece.b);
     T* y = group.y + piece.segment->start * stride + piece.y_column;
-    int64_t column = 0;
-    for (; column + 64 <= piece.columns; column += 64) {
-        int64_t row = 0;
-        for (; row + ROWS <= rows; row += ROWS)
-            expand_rows<ROWS>(piece, b + column, piece.shrunk + row * piece.total_rank, y + row * stride + column, stride);
-        for (; row < rows; row++)
-            expand_rows<1>(piece, b + column, piece.shrunk + row * piece.total_rank, y + row * stride + column, stride);
-    }
-    for (; column < piece.columns; column++)
-        for (int64_t row = 0; row < rows; row++)
-            expand_one(piece, b + column, piece.shrunk + row * piece.total_rank, y + row * stride + column);
+    const int64_t whole_rows = rows / ROWS * ROWS, by_64 = piece.columns / 64 * 64, by_16 = piece.columns / LANES * LANES;
+    const auto shrunk = [&](int64_t row) { return piece.shrunk + row * piece.total_rank; };
+    for (int64_t column = 0; column < by_64; column += 64)
+        for (int64_t row = 0; row < whole_rows; row += ROWS)
+            expand_rows<ROWS>(piece, b + column, shrunk(row), y + row * stride + column, stride);
+    for (int64_t row = whole_rows; row < rows; row++) expand_row(piece, b, shrunk(row), y + row * stride);
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t column = row < whole_rows ? by_64 : by_16; column < piece.columns; column++)
+            expand_one(piece, b + column, shrunk(row), y + row * stride + column);
 }
 
 template <class T>
@@ -148,6 +163,7 @@ void add_lora(const Group<T>& group, const Segment* segments, int64_t num_segmen
     std::vector<ShrinkPiece> shrinks;
     std::vector<ExpandPiece> expands;
     float* shrunk = all_shrunk.data();
+    const int64_t columns = num_segments < MANY_SEGMENTS ? FEW_COLUMNS : COLUMNS;
     for (const Segment* segment = segments; segment != segments + num_segments; segment++) {
         const int64_t total_rank = group.total_rank(*segment);
         for (int64_t rank = 0; rank < total_rank; rank += RANKS)
@@ -156,8 +172,8 @@ void add_lora(const Group<T>& group, const Segment* segments, int64_t num_segmen
         int64_t first_rank = 0, first_column = 0;
         for (int64_t slice = 0; slice < group.num_slices; slice++) {
             const int64_t rank = group.ranks(*segment)[slice], width = group.widths[slice];
-            for (int64_t column = 0; rank && column < width; column += COLUMNS)
-                expands.push_back({segment, b + column, rank, width, std::min(COLUMNS, width - column),
+            for (int64_t column = 0; rank && column < width; column += columns)
+                expands.push_back({segment, b + column, rank, width, std::min(columns, width - column),
                                    first_column + column, shrunk + first_rank, total_rank});
             b += rank * width;
             first_rank += rank;
