@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # One image for CPU and CUDA: torch from PyPI carries CUDA on Linux x86-64, and uses it where a GPU is given.
 #   docker build -t onebase .
-#   docker build -t onebase:cpu --build-arg TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu .   (gigabytes smaller)
+#   docker build -t onebase:cpu --build-arg TORCH_INDEX_URL=…an index of CPU wheels of torch… .   (gigabytes smaller)
 #   docker build -t onebase:tune --build-arg EXTRAS=tune .
 # How to run it: deploy/README.md.
 ARG PYTHON_VERSION=3.11
