@@ -38,7 +38,7 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest, 
         context,
         body,
         f"chatcmpl-{uuid.uuid4().hex}",
-        [await encode(context.tokenizer, prompt, add_special_tokens=False)],  # the template has written them
+        await encode(context.tokenizer, [prompt], add_special_tokens=False),  # the template has written them
         param="messages",
         max_tokens=body.max_completion_tokens or body.max_tokens,
         default_max_tokens=None,

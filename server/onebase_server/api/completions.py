@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Depends
@@ -27,7 +27,7 @@ router = APIRouter(tags=["generation"], dependencies=[Depends(require_api_key)],
 @router.post("/v1/completions", response_model=Completion)
 async def create_completion(request: Request, body: CompletionRequest, context: ContextDependency) -> Response:
     """Continue one or more prompts."""
-    prompts = [await _tokenize(context, prompt, body.add_special_tokens) for prompt in body.prompt]
+    prompts = await _tokenize(context, body.prompt, body.add_special_tokens)
     generation = prepare(
         context,
         body,
@@ -53,10 +53,13 @@ class _TokenizedPrompt:
     token_ids: list[int]
 
 
-async def _tokenize(context: Context, prompt: Prompt, add_special_tokens: bool) -> _TokenizedPrompt:
-    if isinstance(prompt, str):
-        return _TokenizedPrompt(prompt, await encode(context.tokenizer, prompt, add_special_tokens=add_special_tokens))
-    return _TokenizedPrompt("", prompt)
+async def _tokenize(context: Context, prompts: Sequence[Prompt], add_special_tokens: bool) -> list[_TokenizedPrompt]:
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    encoded = iter(await encode(context.tokenizer, texts, add_special_tokens=add_special_tokens))
+    return [
+        _TokenizedPrompt(prompt, next(encoded)) if isinstance(prompt, str) else _TokenizedPrompt("", prompt)
+        for prompt in prompts
+    ]
 
 
 class _Answer:

@@ -14,14 +14,14 @@ from onebase_server.errors import BadRequest, ContextTooLong
 from onebase_server.model.tokenizer import Tokenizer
 
 LONG_TEXT = 8192
-"""Characters from which tokenising is worth a thread, so that other streams do not wait for it."""
+"""Characters, in all, from which tokenising is worth a thread, so that other streams do not wait for it."""
 
 
-async def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
-    """Token ids of `text`."""
-    if len(text) < LONG_TEXT:
-        return tokenizer.encode(text, add_special_tokens)
-    return await anyio.to_thread.run_sync(tokenizer.encode, text, add_special_tokens)
+async def encode(tokenizer: Tokenizer, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+    """Token ids of each text."""
+    if sum(map(len, texts)) < LONG_TEXT:
+        return [tokenizer.encode(text, add_special_tokens) for text in texts]
+    return await anyio.to_thread.run_sync(tokenizer.encode_batch, texts, add_special_tokens)
 
 
 def prepare(

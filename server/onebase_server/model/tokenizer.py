@@ -68,6 +68,11 @@ class Tokenizer:
         """Token ids of `text`; a special token written out counts as itself. `add_special_tokens` puts BOS before."""
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """As `encode`, for each of `texts`; other threads run meanwhile, which the library allows here alone."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of `token_ids` without special tokens; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode(token_ids, skip_special_tokens=True)

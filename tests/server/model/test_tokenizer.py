@@ -1,5 +1,7 @@
 import json
+import time
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -112,6 +114,21 @@ def test_sentencepiece_vocabulary_gives_llama_cpps_ids(tmp_path: Path, name: str
 def test_decode_undoes_encode(tokenizer: Tokenizer, spm_tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert spm_tokenizer.decode(spm_tokenizer.encode(text)) == text
+
+
+def test_texts_encoded_together_are_encoded_as_each_alone(tokenizer: Tokenizer) -> None:
+    texts = ["Once upon a time", "", "日本 😀"]
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(tokenizer: Tokenizer) -> None:
+    work = Thread(target=tokenizer.encode_batch, args=(["The quick brown fox jumps over the lazy dog. " * 20_000],))
+    work.start()
+    ticks = 0
+    while work.is_alive():
+        time.sleep(0.001)
+        ticks += 1
+    assert ticks > 10
 
 
 def test_special_tokens_are_left_out_of_text_but_shown_one_by_one(tokenizer: Tokenizer) -> None:
