@@ -39,7 +39,7 @@ def kv_bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype)
 def allocate_kv_cache(
     config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> KvCache:
-    """Memory for `num_blocks` blocks, not cleared: no op reads what was not written, and an unwritten page costs none."""
+    """Memory for `num_blocks` blocks, not cleared: no op reads what was not written, and such a page costs none."""
     shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
 
     def one_per_layer() -> tuple[Tensor, ...]:
