@@ -34,8 +34,8 @@ def nf4_linear(x: Tensor, packed: PackedNf4) -> Tensor:
     if x.dtype not in DTYPES:
         return nf4_linear(x.float(), packed).to(x.dtype)
     x = x.contiguous()
-    y = torch.empty(len(x), packed.out_features, dtype=x.dtype)
-    _library.onebase_nf4_linear(packed.address, x.data_ptr(), len(x), y.data_ptr(), DTYPES[x.dtype])
+    y = torch.empty(x.shape[0], packed.out_features, dtype=x.dtype)
+    _library.onebase_nf4_linear(packed.address, x.data_ptr(), x.shape[0], y.data_ptr(), DTYPES[x.dtype])
     return y
 
 
@@ -71,7 +71,7 @@ def write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappi
         size = new.element_size()
         _library.onebase_write_cache(
             new.data_ptr(),
-            len(new),
+            new.shape[0],
             new.stride(0) * size,
             new.shape[1] * new.shape[2] * size,
             slot_mapping.data_ptr(),
@@ -148,7 +148,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     if gate_up.dtype not in DTYPES:
         return reference.silu_mul(gate_up)
     gate_up = gate_up.contiguous()
-    rows, size = len(gate_up), gate_up.shape[1] // 2
+    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     y = torch.empty(rows, size, dtype=gate_up.dtype)
     _library.onebase_silu_mul(gate_up.data_ptr(), y.data_ptr(), rows, size, DTYPES[gate_up.dtype])
     return y
@@ -158,9 +158,9 @@ def head_logits(hidden: Tensor, head: Tensor) -> Tensor:
     """As `reference.head_logits`; bf16 is not rounded once more on the way to fp32."""
     (vocab, size), plain = head.shape, hidden.is_contiguous() and head.is_contiguous()
     if plain and hidden.dtype == head.dtype == torch.bfloat16 and vocab % _LANES == 0 and size % (2 * _LANES) == 0:
-        logits = torch.empty(len(hidden), vocab, dtype=torch.float32)
+        logits = torch.empty(hidden.shape[0], vocab, dtype=torch.float32)
         if _library.onebase_dense_linear(
-            hidden.data_ptr(), len(hidden), head.data_ptr(), vocab, size, logits.data_ptr()
+            hidden.data_ptr(), hidden.shape[0], head.data_ptr(), vocab, size, logits.data_ptr()
         ):
             return logits
     return reference.head_logits(hidden, head)

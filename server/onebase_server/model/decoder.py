@@ -80,7 +80,7 @@ class Decoder:
     ) -> Tensor:
         layer, config = self.weights.layers[index], self.config
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        qkv = layer.qkv(x, lora).view(len(x), heads + 2 * kv_heads, head_dim)
+        qkv = layer.qkv(x, lora).view(x.shape[0], heads + 2 * kv_heads, head_dim)
         q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = kernels.rms_norm(q, layer.q_norm, config.rms_norm_eps)
@@ -89,7 +89,7 @@ class Decoder:
         k_cache, v_cache = kv_cache.keys[index], kv_cache.values[index]
         kernels.write_kv_(k, v, k_cache, v_cache, attention.slot_mapping)
         out = kernels.paged_attention(q, k_cache, v_cache, attention, head_dim**-0.5, config.windows[index])
-        return layer.o(out.reshape(len(x), heads * head_dim), lora)
+        return layer.o(out.reshape(x.shape[0], heads * head_dim), lora)
 
     @staticmethod
     def _mlp(x: Tensor, layer: LayerWeights, lora: LoraBatch | None) -> Tensor:
