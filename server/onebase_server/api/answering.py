@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from onebase_server.api.auth import check_api_key
 from onebase_server.api.context import context_of
 from onebase_server.api.errors import envelope_of, error_response, outcome_of, status_of
 from onebase_server.api.generation import Generation, Piece
@@ -27,8 +28,11 @@ CLIENT_CLOSED_REQUEST = 499
 _encoder = msgspec.json.Encoder()
 
 
-class CountedRoute(APIRoute):
-    """A generation route: requests refused before they became a `Generation`, which counts itself, are counted too."""
+class GenerationRoute(APIRoute):
+    """A generation route: its key is checked before its body is parsed, and whoever is refused is counted.
+
+    FastAPI parses the body before it asks the dependencies, and a `Generation` counts itself, if one gets that far.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's own handler, with exceptions counted on their way to the error handlers."""
@@ -36,6 +40,7 @@ class CountedRoute(APIRoute):
 
         async def handle_and_count(request: Request) -> Response:
             try:
+                await check_api_key(request)
                 return await handle(request)
             except Exception as error:
                 context_of(request).metrics.requests.labels(outcome_of(error)).inc()

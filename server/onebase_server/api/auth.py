@@ -10,8 +10,9 @@ from typing import Annotated
 from fastapi import Depends
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import SecretStr
+from starlette.requests import Request
 
-from onebase_server.api.context import ContextDependency
+from onebase_server.api.context import ContextDependency, context_of
 from onebase_server.errors import NotAllowed, NotAuthenticated
 
 _bearer = HTTPBearer(auto_error=False, description="ONEBASE_API_KEY for generation, ONEBASE_ADMIN_KEY for adapters.")
@@ -24,6 +25,11 @@ async def require_api_key(context: ContextDependency, credentials: Credentials) 
     if settings.api_key is None or _matches(credentials, settings.api_key, settings.admin_key):
         return
     raise _not_authenticated(credentials)
+
+
+async def check_api_key(request: Request) -> None:
+    """`require_api_key` for a request whose body has not been read; raises NotAuthenticated."""
+    await require_api_key(context_of(request), await _bearer(request))
 
 
 async def require_admin_key(context: ContextDependency, credentials: Credentials) -> None:

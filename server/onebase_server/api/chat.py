@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import Response
 
-from onebase_server.api.answering import CountedRoute, EventStream, respond_whole
+from onebase_server.api.answering import EventStream, GenerationRoute, respond_whole
 from onebase_server.api.auth import require_api_key
 from onebase_server.api.context import ContextDependency
 from onebase_server.api.generation import Generation, Piece
@@ -27,7 +27,7 @@ from onebase_server.api.responses import (
 from onebase_server.api.schemas import ChatCompletionRequest
 from onebase_server.model.tokenizer import Tokenizer
 
-router = APIRouter(tags=["generation"], dependencies=[Depends(require_api_key)], route_class=CountedRoute)
+router = APIRouter(tags=["generation"], dependencies=[Depends(require_api_key)], route_class=GenerationRoute)
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion)

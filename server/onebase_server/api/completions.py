@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import Response
 
-from onebase_server.api.answering import CountedRoute, EventStream, respond_whole
+from onebase_server.api.answering import EventStream, GenerationRoute, respond_whole
 from onebase_server.api.auth import require_api_key
 from onebase_server.api.context import Context, ContextDependency
 from onebase_server.api.generation import Generation, Piece
@@ -21,7 +21,7 @@ from onebase_server.api.schemas import CompletionRequest, Prompt
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
 
-router = APIRouter(tags=["generation"], dependencies=[Depends(require_api_key)], route_class=CountedRoute)
+router = APIRouter(tags=["generation"], dependencies=[Depends(require_api_key)], route_class=GenerationRoute)
 
 
 @router.post("/v1/completions", response_model=Completion)

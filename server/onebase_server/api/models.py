@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from onebase_adapters.adapter import AdapterNotFound, VersionNotFound
 from onebase_adapters.catalogue import AdapterVersion
 from onebase_adapters.store import AdapterStore
-from onebase_server.engine.request import AdapterRef
-from onebase_server.errors import ModelNotFound
+from onebase_server.engine.request import AdapterRef, Ready
+from onebase_server.errors import AdapterDoesNotFit, ModelNotFound
 
 VERSION = re.compile("[0-9]{1,18}")
 """What fits into 64 bits; more versions than that there will not be."""
@@ -43,16 +43,27 @@ def resolve_model(model: str, base_name: str, store: AdapterStore) -> AdapterVer
         raise ModelNotFound(f"The model {model} does not exist. {error}", param="model") from error
 
 
-def select_model(model: str, base_name: str, store: AdapterStore, holds: ExitStack) -> Selection:
-    """Resolve a model and keep its blob until `holds` is closed; raises ModelNotFound."""
+def select_model(model: str, base_name: str, store: AdapterStore, engine: Ready, holds: ExitStack) -> Selection:
+    """Resolve a model and keep its blob until `holds` is closed; raises ModelNotFound or AdapterDoesNotFit."""
     version = resolve_model(model, base_name, store)
     if version is None:
         return Selection(None, None, base_name)
+    check_fit(version.num_parameters, engine)
     try:
         holds.enter_context(store.lease(version.digest))
     except AdapterNotFound as error:  # removed since it was resolved
         raise ModelNotFound(f"The model {model} does not exist. {error}", param="model") from error
     return Selection(adapter_ref(store, version), version.name, version.label)
+
+
+def check_fit(num_parameters: int, engine: Ready) -> None:
+    """Raise AdapterDoesNotFit for an adapter that could never run in this engine's adapter memory."""
+    needed = num_parameters * engine.adapter_element_bytes
+    if needed > engine.adapter_bytes_total:
+        raise AdapterDoesNotFit(
+            f"The adapter needs {needed} bytes on the device, the whole adapter memory has "
+            f"{engine.adapter_bytes_total}; lower its rank, or start the server with a larger --adapter-memory."
+        )
 
 
 def adapter_ref(store: AdapterStore, version: AdapterVersion) -> AdapterRef:

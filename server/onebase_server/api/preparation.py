@@ -45,13 +45,13 @@ def prepare(
         default_max_tokens: None is all that the context leaves.
 
     Raises:
-        BadRequest, ContextTooLong, ModelNotFound, Overloaded, EngineUnavailable.
+        BadRequest, ContextTooLong, ModelNotFound, AdapterDoesNotFit, Overloaded, EngineUnavailable.
     """
     info = context.engine_info
     if any(token_id >= info.vocab_size for token_id in request.stop_token_ids):
         raise BadRequest(f"stop_token_ids must be below {info.vocab_size}, the vocabulary.", param="stop_token_ids")
     with ExitStack() as holds:
-        selection = select_model(request.model, context.settings.served_name, context.store, holds)
+        selection = select_model(request.model, context.settings.served_name, context.store, info, holds)
         checked = []
         for token_ids in prompts:
             _check_token_ids(token_ids, info, param)

@@ -13,13 +13,12 @@ from weakref import WeakValueDictionary
 
 from anyio.to_thread import run_sync
 
-from onebase_adapters.adapter import Adapter, AdapterNotFound, InvalidName
+from onebase_adapters.adapter import AdapterNotFound, InvalidName
 from onebase_adapters.catalogue import AdapterVersion
 from onebase_adapters.store import AdapterStore
-from onebase_server.api.models import adapter_ref
+from onebase_server.api.models import adapter_ref, check_fit
 from onebase_server.engine.client import EngineClient
-from onebase_server.engine.request import Ready
-from onebase_server.errors import AdapterDoesNotFit, EngineUnavailable, OnebaseError
+from onebase_server.errors import EngineUnavailable, OnebaseError
 from onebase_server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ class Publisher:
                 directory,
                 expected_sha256=expected_sha256,
                 source_sha256=source_sha256,
-                accept=partial(_check_fit, info=info),
+                accept=lambda adapter: check_fit(adapter.num_parameters, info),
             )
             version = await run_sync(publish)
             await self._switch(before, version)
@@ -93,8 +92,13 @@ class Publisher:
             return None
 
     async def _switch(self, before: AdapterVersion | None, after: AdapterVersion) -> None:
-        """Bring the version that is live now into device memory, and let go of the one that was."""
+        """Bring the version that is live now into device memory, and let go of the one that was.
+
+        Raises AdapterDoesNotFit for an older version, published when the adapter memory was larger.
+        """
         try:
+            if self._engine.info is not None:
+                check_fit(after.num_parameters, self._engine.info)
             attached = await self._engine.attach(adapter_ref(self._store, after))
         except EngineUnavailable:
             logger.warning("%s is published while the engine is away; its first request will load it", after.label)
@@ -111,13 +115,3 @@ class Publisher:
         for digest in digests:
             if not await run_sync(self._store.is_live, digest):
                 self._engine.retire(digest)
-
-
-def _check_fit(adapter: Adapter, *, info: Ready) -> None:
-    """Refuse an adapter that could never run; raises AdapterDoesNotFit."""
-    needed = adapter.num_parameters * info.adapter_element_bytes
-    if needed > info.adapter_bytes_total:
-        raise AdapterDoesNotFit(
-            f"The adapter needs {needed} bytes on the device, the whole adapter memory has {info.adapter_bytes_total}; "
-            "lower its rank, or start the server with a larger --adapter-memory."
-        )

@@ -48,7 +48,7 @@ def engine_gone() -> EngineUnavailable:
 class EngineClient:
     """One engine process, supervised.
 
-    `on_stats` is called after every step, `on_restart` whenever a new process replaces one that died.
+    `on_stats` is called after every step, `on_restart` whenever a process has died that is going to be replaced.
     """
 
     def __init__(
@@ -169,8 +169,8 @@ class EngineClient:
                     raise ConfigurationError("The engine process ended before it was ready; its last words are above.")
                 delay = FIRST_RESTART_DELAY if was_ready else min(2 * delay, LONGEST_RESTART_DELAY)
                 logger.error("the engine process ended; starting it again in %.1f s", delay)
-                await asyncio.sleep(delay)
                 self._on_restart()
+                await asyncio.sleep(delay)
         except ConfigurationError as error:
             assert self._first_start is not None
             self._first_start.set_exception(error)

@@ -190,6 +190,10 @@ class Scheduler:
         passed: list[Sequence] = []
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             sequence = self.waiting.popleft()
+            shared = self._shareable_blocks(sequence)
+            if self._missing_blocks(sequence, shared) > self.block_pool.num_free_without(shared):
+                self.waiting.appendleft(sequence)
+                break
             try:
                 sequence.slot = self.adapters.acquire(sequence.adapter) if sequence.adapter else NO_SLOT
             except AdapterLoading:
@@ -203,10 +207,7 @@ class Scheduler:
             except AdapterUnusable as error:
                 self._end(sequence, "error", str(error))
                 continue
-            if not self._take_blocks(sequence, budget):
-                self._release_adapter(sequence)
-                self.waiting.appendleft(sequence)
-                break
+            self._take_blocks(sequence, shared, budget)
             for earlier in passed:
                 earlier.times_passed += 1
             num_tokens = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
@@ -216,12 +217,17 @@ class Scheduler:
         self.waiting.extendleft(reversed(passed))
         return admitted
 
-    def _take_blocks(self, sequence: Sequence, budget: int) -> bool:
-        """Share what the prefix cache has and allocate the first chunk, if the whole of what is known has room."""
+    def _shareable_blocks(self, sequence: Sequence) -> list[int]:
+        """What the prefix cache has of a sequence; nothing where every position needs logits."""
+        return [] if sequence.wants_prompt_logprobs else self.block_pool.match(self._reusable_hashes(sequence))
+
+    def _missing_blocks(self, sequence: Sequence, shared: list[int]) -> int:
+        """How many blocks the whole of what is known needs besides the shared ones."""
+        return self.block_pool.blocks_for(sequence.num_tokens) - len(shared)
+
+    def _take_blocks(self, sequence: Sequence, shared: list[int], budget: int) -> None:
+        """Share what the prefix cache has and allocate the first chunk; there is room for the whole."""
         pool = self.block_pool
-        shared = [] if sequence.wants_prompt_logprobs else pool.match(self._reusable_hashes(sequence))
-        if pool.blocks_for(sequence.num_tokens) - len(shared) > pool.num_free_without(shared):
-            return False
         num_cached = len(shared) * pool.block_size
         pool.share(shared)
         chunk_end = min(sequence.num_tokens, num_cached + budget)
@@ -234,7 +240,6 @@ class Scheduler:
         if sequence.first_scheduled is None:
             sequence.first_scheduled = self.clock()
             sequence.num_cached_tokens = num_cached
-        return True
 
     def _reusable_hashes(self, sequence: Sequence) -> list[bytes]:
         """Hashes of the full blocks before the last known token, which must be computed to predict the next."""

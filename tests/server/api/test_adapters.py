@@ -189,6 +189,13 @@ def test_an_adapter_larger_than_the_whole_adapter_memory_is_refused_before_it_is
     assert nothing_is_kept(server, "giant")
 
 
+def test_an_adapter_from_a_time_of_more_memory_is_refused_when_it_is_asked_for(server, write_adapter, tmp_path):
+    server.context.store.publish("older", write_adapter(tmp_path / "older", rank=250))
+    response = server.post("/v1/completions", json={"model": "older", "prompt": "x"})
+    assert error_of(response) == (507, "adapter_does_not_fit")
+    server.delete("/v1/adapters/older")
+
+
 @pytest.mark.parametrize("name", ["", "../up", "a b", "tiny", "x" * 129])
 def test_a_name_that_could_not_be_asked_for_is_refused(server, make_archive, name):
     status, _ = error_of(upload(server, name, make_archive()))

@@ -29,6 +29,13 @@ async def test_generation_needs_one_of_the_keys(make_client, method, path):
         assert await status(client, method, path, "govern") in (200, 400)
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_without_a_key_a_body_is_not_even_parsed(make_client, path):
+    async with make_client(**KEYS) as client:
+        response = await client.post(path, content=b"{not JSON", headers={"Content-Type": "application/json"})
+        assert response.status_code == 401
+
+
 @pytest.mark.parametrize(("method", "path"), ADMINISTRATION)
 async def test_adapters_need_the_admin_key(make_client, method, path):
     async with make_client(**KEYS) as client:
