@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from onebase_adapters.store import AdapterStore
+from onebase_kernels import use_backend
 from onebase_server.engine.request import AdapterRef
 from onebase_server.model.config import ModelConfig
 
@@ -66,6 +67,13 @@ class Oracle:
                 return self.model(input_ids=inputs).logits[0, -1]
         self.model.set_adapter(adapter)
         return self.model(input_ids=inputs).logits[0, -1]
+
+
+@pytest.fixture(autouse=True)
+def reference_kernels_afterwards() -> Iterator[None]:
+    """Leave no back end behind that a test chose."""
+    yield
+    use_backend("reference")
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,13 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
 from onebase_adapters.store import AdapterStore
-from onebase_kernels import use_backend
+from onebase_kernels import BackendName, use_backend
 from onebase_server.engine.core import Engine
 from onebase_server.engine.request import AdapterRef, Attach, Retire, SamplingParams, Submit, TokenOutput
 from onebase_server.model.weights import load_decoder
@@ -31,10 +32,10 @@ MakeEngine = Callable[..., Engine]
 @pytest.fixture
 def make_engine(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeEngine:
     """An engine on the small base in NF4 and fp32; keyword arguments are settings."""
-    use_backend("auto")
     cache_dir = tmp_path_factory.getbasetemp() / "cache"
 
-    def make(**overrides: int) -> Engine:
+    def make(backend: BackendName | Literal["auto"] = "auto", **overrides: int) -> Engine:
+        use_backend(backend)
         settings = EngineSettings.model_validate(
             {"base": str(small_base), "cache_dir": cache_dir, "dtype": "float32", "device": "cpu", "block_size": 4}
             | {"kv_cache_memory": "8MiB", "adapter_memory": "4MiB"}
@@ -109,6 +110,17 @@ def test_each_row_of_a_mixed_batch_is_what_it_is_alone(
     settings: dict[str, int], make_engine: MakeEngine, adapters: dict[str, AdapterRef], oracle: Oracle
 ) -> None:
     engine = make_engine(**settings)
+    submit_all(engine, adapters)
+    outputs = run(engine)
+    for row, adapter in ROWS:
+        assert_like_oracle(outputs[row], row, adapter, oracle)
+
+
+@pytest.mark.parametrize("backend", ["reference", "bitsandbytes"])
+def test_the_other_back_ends_say_the_same(
+    backend: BackendName, make_engine: MakeEngine, adapters: dict[str, AdapterRef], oracle: Oracle
+) -> None:
+    engine = make_engine(backend)
     submit_all(engine, adapters)
     outputs = run(engine)
     for row, adapter in ROWS:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onebase_kernels import reference, sdpa_attention
 from onebase_kernels.batch import AttentionBatch, Segment
-from onebase_kernels.cpu.library import DTYPES, Attention, load_library
+from onebase_kernels.cpu.library import DTYPES, CAttention, load_library
 from onebase_kernels.cpu.nf4_packing import TiledNf4, can_pack, pack
 from onebase_kernels.nf4 import Nf4Weight, PackedNf4
 
@@ -88,7 +88,7 @@ def paged_attention(
         return sdpa_attention.paged_attention(q, k_cache, v_cache, batch, scale, window)
     out = torch.empty(q.shape, dtype=q.dtype)
     query_starts, context_lens = _int64s(batch.query_starts), _int64s(batch.context_lens)
-    call = Attention(
+    call = CAttention(
         q=q.data_ptr(),
         out=out.data_ptr(),
         k_cache=k_cache.data_ptr(),

@@ -29,13 +29,13 @@ Code = ctypes.c_int32
 Float = ctypes.c_float
 
 
-class Nf4Slice(ctypes.Structure):
+class CNf4Slice(ctypes.Structure):
     """nf4_linear.cpp: one weight of a group."""
 
     _fields_ = (("nested_absmax", Pointer), ("offset", Float), ("num_outputs", Int))
 
 
-class Nf4Group(ctypes.Structure):
+class CNf4Group(ctypes.Structure):
     """nf4_linear.cpp: the weights of a projection group, packed."""
 
     _fields_ = (
@@ -49,7 +49,7 @@ class Nf4Group(ctypes.Structure):
     )
 
 
-class Attention(ctypes.Structure):
+class CAttention(ctypes.Structure):
     """attention.cpp: everything of one call."""
 
     _fields_ = (

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from onebase_kernels.cpu.library import Nf4Group, Nf4Slice
+from onebase_kernels.cpu.library import CNf4Group, CNf4Slice
 from onebase_kernels.nf4 import BLOCK_SIZE, Nf4Weight
 
 OUTPUTS = 16
@@ -26,7 +26,7 @@ class TiledNf4:
     widths: tuple[int, ...]
     """Outputs of each weight."""
     in_features: int
-    group: Nf4Group
+    group: CNf4Group
     """What C++ gets: addresses of the tensors here and of those in `kept`."""
     kept: tuple[object, ...]
     """What `group` points to besides: nested scales and the slices themselves."""
@@ -72,10 +72,10 @@ def pack(weights: Sequence[Nf4Weight]) -> TiledNf4:
     tables = [scale.absmax.contiguous() for scale in nested]
     offsets = [float(scale.offset) for scale in nested] or [0.0] * len(weights)
     quant_map = nested[0].quant_map.contiguous() if nested else None
-    slices = (Nf4Slice * len(weights))(
-        *(Nf4Slice(tables[i].data_ptr() if tables else None, offsets[i], width) for i, width in enumerate(widths))
+    slices = (CNf4Slice * len(weights))(
+        *(CNf4Slice(tables[i].data_ptr() if tables else None, offsets[i], width) for i, width in enumerate(widths))
     )
-    group = Nf4Group(
+    group = CNf4Group(
         codes=codes.data_ptr(),
         scales=scales.data_ptr(),
         quant_map=quant_map.data_ptr() if quant_map is not None else None,
