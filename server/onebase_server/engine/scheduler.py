@@ -122,7 +122,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
-        self._ended: list[TokenOutput] = []
+        self._failed: list[TokenOutput] = []
         self._prompt_logprobs: dict[Sequence, list[Logprob | None]] = {}
 
     def __repr__(self) -> str:
@@ -131,13 +131,13 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether any sequence is waiting or running, or an end is still to be told."""
-        return bool(self.waiting or self.running or self._ended)
+        return bool(self.waiting or self.running or self._failed)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; one that can never fit ends at once with an error."""
         capacity = min(self.max_model_len, self.block_pool.num_blocks * self.block_pool.block_size)
         if not 0 < sequence.num_prompt_tokens <= capacity:
-            self._end(sequence, "error", f"The prompt has {sequence.num_prompt_tokens} tokens; 1 to {capacity} fit.")
+            self._fail(sequence, f"The prompt has {sequence.num_prompt_tokens} tokens; 1 to {capacity} fit.")
             return
         self.waiting.append(sequence)
 
@@ -179,8 +179,8 @@ class Scheduler:
     def update(self, batch: Batch, sampled: list[Sampled]) -> list[TokenOutput]:
         """Take the step's tokens in; returns what each request gained, and the ends of those that failed meanwhile."""
         outputs = [self._advance(entry, result) for entry, result in zip(batch.scheduled, sampled, strict=True)]
-        ended, self._ended = self._ended, []
-        return ended + [output for output in outputs if output is not None]
+        failed, self._failed = self._failed, []
+        return failed + [output for output in outputs if output is not None]
 
     # Admission.
 
@@ -205,7 +205,7 @@ class Scheduler:
                     break
                 continue
             except AdapterUnusable as error:
-                self._end(sequence, "error", str(error))
+                self._fail(sequence, str(error))
                 continue
             self._take_blocks(sequence, shared, budget)
             for earlier in passed:
@@ -235,6 +235,7 @@ class Scheduler:
         assert fresh is not None, "the check above counted these blocks"
         sequence.block_table = shared + fresh
         sequence.num_computed_tokens = num_cached
+        sequence.num_remembered_blocks = len(shared)
         self.prefix_cache_queries += sequence.num_tokens
         self.prefix_cache_hits += num_cached
         if sequence.first_scheduled is None:
@@ -307,12 +308,14 @@ class Scheduler:
         )
 
     def _remember_blocks(self, sequence: Sequence) -> None:
-        """Offer the blocks that are full and computed to the prefix cache."""
-        if not self.block_pool.prefix_cache:
-            return
+        """Offer the blocks that this step filled to the prefix cache."""
         full = sequence.num_computed_tokens // self.block_pool.block_size
-        for block, key in zip(sequence.block_table, self._hashes(sequence, full), strict=False):
-            self.block_pool.remember(block, key)
+        if full == sequence.num_remembered_blocks or not self.block_pool.prefix_cache:
+            return
+        hashes = self._hashes(sequence, full)
+        for index in range(sequence.num_remembered_blocks, full):
+            self.block_pool.remember(sequence.block_table[index], hashes[index])
+        sequence.num_remembered_blocks = full
 
     def _finish_reason(self, sequence: Sequence, token_id: int | None) -> str | None:
         if token_id in sequence.sampling.stop_token_ids:
@@ -321,10 +324,9 @@ class Scheduler:
             return "length"
         return None
 
-    def _end(self, sequence: Sequence, reason: str, error: str) -> None:
+    def _fail(self, sequence: Sequence, error: str) -> None:
         """End a sequence that is in no list; told with the next update."""
-        self._prompt_logprobs.pop(sequence, None)
-        self._ended.append(TokenOutput(request_id=sequence.request_id, finish_reason=reason, error=error))
+        self._failed.append(TokenOutput(request_id=sequence.request_id, finish_reason="error", error=error))
 
     def _take_out(self, sequence: Sequence) -> None:
         """Take a running sequence out: blocks and adapter go back."""

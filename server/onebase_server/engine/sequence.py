@@ -32,6 +32,8 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     """Prefix-cache keys of the full blocks of `token_ids`, as far as they were needed."""
+    num_remembered_blocks: int = 0
+    """How many blocks of `block_table` the prefix cache has been offered."""
     slot: int = NO_SLOT
     """The adapter's slot while the sequence runs."""
     num_cached_tokens: int = 0
