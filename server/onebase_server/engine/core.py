@@ -97,9 +97,9 @@ class Engine:
         """One step: schedule, execute, update."""
         started = time.perf_counter()
         batch = self.scheduler.schedule()
-        stats_of_batch = (batch.num_tokens, len(batch.scheduled), batch.num_adapters)
+        size = (batch.num_tokens, len(batch.scheduled), batch.num_adapters)  # now: who ends gives its slot back
         outputs = self.scheduler.update(batch, self.runner.execute(batch))
-        return StepOutputs(outputs=tuple(outputs), stats=self._stats(stats_of_batch, time.perf_counter() - started))
+        return StepOutputs(outputs=tuple(outputs), stats=self._stats(size, time.perf_counter() - started))
 
     def poll_attaches(self) -> list[Attached]:
         """Attach what has been read since, between two steps; the answers to those that are settled."""
