@@ -43,7 +43,6 @@ class CNf4Group(ctypes.Structure):
         ("scales", Pointer),
         ("quant_map", Pointer),
         ("slices", Pointer),
-        ("num_slices", Int),
         ("num_outputs", Int),
         ("num_inputs", Int),
     )

@@ -48,7 +48,6 @@ struct Nf4Group {
     const void* scales;      // uint8 if quant_map is there, else float
     const float* quant_map;  // what 8-bit scales stand for; null without double quantisation
     const Nf4Slice* slices;
-    int64_t num_slices;
     int64_t num_outputs;  // of all slices together
     int64_t num_inputs;
 };
@@ -174,12 +173,6 @@ inline void decode_half(const uint8_t* codes, F32x16 first_scale, F32x16 second_
     }
 }
 
-// x rounded to bfloat16, rows padded with zeros to a multiple of 16.
-struct PaddedRows {
-    const BFloat16* data;
-    int64_t rows;  // multiple of 16
-};
-
 #if defined(__AMX_BF16__)
 
 constexpr int64_t MAX_TILE_ROWS = 6;  // 16 rows each: as many sums as there are tiles for
@@ -227,10 +220,10 @@ void multiply_tiles(const Nf4Group& group, int64_t block, const BFloat16* x, flo
     if constexpr (TILE_ROWS > 5) _tile_stored(5, sums + 1280, 64);
 }
 
-void multiply_many(const Nf4Group& group, int64_t block, const PaddedRows& x, int64_t m, BFloat16* y, int64_t y_stride) {
+void multiply_many(const Nf4Group& group, int64_t block, const BFloat16* x, int64_t m, BFloat16* y, int64_t y_stride) {
     alignas(64) float sums[MAX_TILE_ROWS * 256];
     for (int64_t row = 0; row < m; row += MAX_TILE_ROWS * 16) {
-        const BFloat16* inputs = x.data + row * group.num_inputs;
+        const BFloat16* inputs = x + row * group.num_inputs;
         switch (std::min<int64_t>(MAX_TILE_ROWS, (m - row + 15) / 16)) {
             case 1: multiply_tiles<1>(group, block, inputs, sums); break;
             case 2: multiply_tiles<2>(group, block, inputs, sums); break;
@@ -246,7 +239,7 @@ void multiply_many(const Nf4Group& group, int64_t block, const PaddedRows& x, in
 
 #else
 
-void multiply_many(const Nf4Group& group, int64_t block, const PaddedRows& x, int64_t m, BFloat16* y, int64_t y_stride) {
+void multiply_many(const Nf4Group& group, int64_t block, const BFloat16* x, int64_t m, BFloat16* y, int64_t y_stride) {
     constexpr int ROWS = 16;
     const int64_t k = group.num_inputs, tiles = k / BLOCK_K;
     const uint8_t* codes = group.codes + block * tiles * TILE_BYTES;
@@ -259,7 +252,7 @@ void multiply_many(const Nf4Group& group, int64_t block, const PaddedRows& x, in
             const F32x16 first_scale = spread(scale, FIRST_HALF), second_scale = spread(scale, SECOND_HALF);
             for (int half = 0; half < 2; half++) {
                 decode_half(codes + tile * TILE_BYTES + half * 256, first_scale, second_scale, weights);
-                const BFloat16* inputs = x.data + row * k + tile * BLOCK_K + half * 32;
+                const BFloat16* inputs = x + row * k + tile * BLOCK_K + half * 32;
                 for (int pair = 0; pair < 16; pair++) {
                     const __m512bh column = (__m512bh)_mm512_load_si512(weights + pair * 32);
 #pragma GCC unroll 16
@@ -281,13 +274,13 @@ void multiply_many(const Nf4Group& group, int64_t block, const PaddedRows& x, in
 constexpr int64_t FEW = 2;  // up to so many rows, products in fp32 are the faster ones
 
 void linear_many(const Nf4Group& group, const BFloat16* x, int64_t m, BFloat16* y) {
-    const int64_t k = group.num_inputs, padded = (m + 15) / 16 * 16;
+    const int64_t k = group.num_inputs, padded = (m + 15) / 16 * 16;  // multiply_many reads whole tiles of rows
     std::vector<BFloat16> copy;
     if (padded != m) {
         copy.resize(padded * k);
         std::memcpy(copy.data(), x, m * k * sizeof(BFloat16));
     }
-    const PaddedRows rows{copy.empty() ? x : copy.data(), padded};
+    const BFloat16* rows = copy.empty() ? x : copy.data();
     parallel(group.num_outputs / BLOCK_N, [&](int64_t first, int64_t last) {
 #if defined(__AMX_BF16__)
         const Tiles tiles;

@@ -80,7 +80,6 @@ def pack(weights: Sequence[Nf4Weight]) -> TiledNf4:
         scales=scales.data_ptr(),
         quant_map=quant_map.data_ptr() if quant_map is not None else None,
         slices=ctypes.addressof(slices),
-        num_slices=len(widths),
         num_outputs=sum(widths),
         num_inputs=in_features,
     )

@@ -90,18 +90,7 @@ inline float sum(F32x16 v) {
 #endif
 }
 
-inline float maximum(F32x16 v) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_max_ps((__m512)v);
-#else
-    float most = v[0];
-    for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
-    return most;
-#endif
-}
-
 inline F32x16 max(F32x16 a, F32x16 b) { return a > b ? a : b; }
-inline F32x16 min(F32x16 a, F32x16 b) { return a < b ? a : b; }
 
 // table[index mod 16], lane by lane.
 inline F32x16 lookup(F32x16 table, U32x16 index) {

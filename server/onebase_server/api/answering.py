@@ -42,7 +42,7 @@ class GenerationRoute(APIRoute):
             try:
                 await check_api_key(request)
                 return await handle(request)
-            except Exception as error:
+            except Exception as error:  # counted, whatever it is, and passed on
                 context_of(request).metrics.requests.labels(outcome_of(error)).inc()
                 raise
 
@@ -71,7 +71,7 @@ async def _encode_events(chunks: AsyncGenerator[object, None]) -> AsyncGenerator
         async with aclosing(chunks):
             async for chunk in chunks:
                 yield b"data: " + _encoder.encode(chunk) + b"\n\n"
-    except Exception as error:
+    except Exception as error:  # the status is sent already, so that whatever went wrong has to be an event
         _log_unexpected(error)
         yield b"data: " + _encoder.encode(envelope_of(error)) + b"\n\n"
     else:
@@ -86,7 +86,7 @@ async def respond_whole(request: Request, generation: Generation, build: Callabl
             if pieces is None:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
             return Response(_encoder.encode(build(pieces)), media_type="application/json")
-        except Exception as error:
+        except Exception as error:  # answered here, so that the generation is left as one that failed, not as aborted
             _log_unexpected(error)
             return error_response(error)
 

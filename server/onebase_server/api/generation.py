@@ -19,7 +19,7 @@ from onebase_server.api.responses import FinishReason, PromptTokensDetails, Usag
 from onebase_server.api.stop_strings import StopStringFilter
 from onebase_server.engine.client import EngineClient
 from onebase_server.engine.request import Logprob, SamplingParams, TokenOutput
-from onebase_server.errors import EngineUnavailable, OnebaseError
+from onebase_server.errors import OnebaseError
 from onebase_server.metrics import Metrics, Outcome
 from onebase_server.model.tokenizer import Tokenizer, TokenStream
 
@@ -116,7 +116,7 @@ class Generation:
             async with aclosing(merge(sequences)) as pieces:
                 async for piece in pieces:
                     yield piece
-        except Exception as error:
+        except Exception as error:  # counted, whatever it is, and passed on
             self._outcome = outcome_of(error)
             raise
         self._outcome = "completed"
@@ -188,11 +188,8 @@ class SequenceText:
 
 
 def _raise_if_failed(output: TokenOutput) -> None:
-    match output.finish_reason:
-        case "error":
-            raise OnebaseError(output.error or "The engine could not finish this request.")
-        case "abort":
-            raise EngineUnavailable("The engine stopped before this request was finished.")
+    if output.error is not None:
+        raise OnebaseError(output.error)
 
 
 def _without_tokens(output: TokenOutput) -> TokenOutput:

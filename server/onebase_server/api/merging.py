@@ -46,5 +46,5 @@ async def _pump(stream: AsyncGenerator[T, None], queue: "asyncio.Queue[T | _Ende
             async for item in stream:
                 queue.put_nowait(item)
         queue.put_nowait(_Ended())
-    except Exception as error:
+    except Exception as error:  # raised again by whoever reads the queue
         queue.put_nowait(_Ended(error))

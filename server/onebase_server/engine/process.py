@@ -11,7 +11,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from pathlib import Path
 
 import onebase_kernels as kernels
@@ -52,7 +51,6 @@ class Inbox:
 
 def load_engine(settings: EngineSettings, inbox: Inbox) -> tuple[Engine, Ready]:
     """Load the base and lay out memory; raises OnebaseError when the base or a setting is wrong."""
-    started = time.perf_counter()
     kernels.use_backend(settings.kernels, resolve_device(settings.device).type)
     kernels.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
     with step_progress("Quantising the base to NF4") as on_progress:
@@ -66,7 +64,6 @@ def load_engine(settings: EngineSettings, inbox: Inbox) -> tuple[Engine, Ready]:
         adapter_element_bytes=decoder.dtype.itemsize,
         quantization=settings.quantization,
         weight_bytes=decoder.weight_bytes,
-        load_seconds=time.perf_counter() - started,
     )
     return engine, ready
 

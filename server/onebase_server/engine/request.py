@@ -96,7 +96,7 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: tuple[Logprob | None, ...] | None = None
     """Sent once, with the first token; the first entry is None, for nothing precedes it."""
     finish_reason: str | None = None
-    """`stop` (one of `stop_token_ids`), `length`, `abort` or `error`; None while it goes on."""
+    """`stop` (one of `stop_token_ids`), `length` or `error`; None while it goes on."""
     stop_token_id: int | None = None
     """The token that ended the text with `stop`; it is the last of `token_ids`."""
     error: str | None = None
@@ -163,7 +163,6 @@ class Ready(Struct, frozen=True):
     """Bytes that one number of an adapter takes on the device."""
     quantization: str
     weight_bytes: int
-    load_seconds: float
 
 
 class Failed(Struct, frozen=True):

@@ -51,7 +51,6 @@ class ModelConfig:
     """Per layer: how many tokens back (itself included) a token sees; None sees all."""
     dtype: str | None = None
     """The checkpoint's dtype, `bfloat16` and the like."""
-    bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     is_quantized: bool = False
     """Whether the checkpoint's linears are already in bitsandbytes' NF4."""
@@ -86,7 +85,6 @@ class ModelConfig:
             qk_norm=family.qk_norm,
             windows=family.windows(reader, layers),
             dtype=hf.get("dtype") or hf.get("torch_dtype"),
-            bos_token_id=hf.get("bos_token_id"),
             eos_token_ids=_token_ids(hf.get("eos_token_id")),
             is_quantized=_is_nf4(hf),
         )
