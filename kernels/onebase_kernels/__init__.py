@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from onebase_kernels import reference
-from onebase_kernels.batch import AttentionBatch, Segment
+from onebase_kernels.batch import AttentionBatch, LoraBatch, Segment, StepInputs
 from onebase_kernels.cpu.library import LibraryUnavailable, load_library
 from onebase_kernels.nf4 import NestedScales, Nf4Group, Nf4Weight, PackedNf4, dequantize_nf4, quantize_nf4
 
@@ -18,20 +18,26 @@ __all__ = [
     "AttentionBatch",
     "BackendName",
     "LibraryUnavailable",
+    "LoraBatch",
     "NestedScales",
     "Nf4Group",
     "Nf4Weight",
     "PackedNf4",
     "Segment",
+    "StepInputs",
     "add_lora_",
+    "add_rms_norm_",
     "apply_rope_",
     "best_backend",
+    "dense_linear",
     "dequantize_nf4",
+    "embed",
     "head_logits",
     "nf4_linear",
     "pack_nf4",
     "paged_attention",
     "quantize_nf4",
+    "record",
     "rms_norm",
     "set_num_threads",
     "silu_mul",
@@ -67,19 +73,23 @@ def _dispatched(definition: Callable[P, R]) -> Callable[P, R]:
 
 
 pack_nf4 = _dispatched(reference.pack_nf4)
+record = _dispatched(reference.record)
+embed = _dispatched(reference.embed)
 nf4_linear = _dispatched(reference.nf4_linear)
+dense_linear = _dispatched(reference.dense_linear)
 add_lora_ = _dispatched(reference.add_lora_)
 write_kv_ = _dispatched(reference.write_kv_)
 paged_attention = _dispatched(reference.paged_attention)
 rms_norm = _dispatched(reference.rms_norm)
+add_rms_norm_ = _dispatched(reference.add_rms_norm_)
 apply_rope_ = _dispatched(reference.apply_rope_)
 silu_mul = _dispatched(reference.silu_mul)
 head_logits = _dispatched(reference.head_logits)
 set_num_threads = _dispatched(reference.set_num_threads)
 
 OPS = (
-    *(pack_nf4, nf4_linear, add_lora_, write_kv_, paged_attention, rms_norm, apply_rope_, silu_mul, head_logits),
-    set_num_threads,
+    *(pack_nf4, record, embed, nf4_linear, dense_linear, add_lora_, write_kv_, paged_attention),
+    *(rms_norm, add_rms_norm_, apply_rope_, silu_mul, head_logits, set_num_threads),
 )
 """Everything that a back end may compute."""
 

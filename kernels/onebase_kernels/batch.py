@@ -1,4 +1,4 @@
-"""What a step's requests look like to the ops: plain descriptions of who owns which tokens. It computes nothing.
+"""What a step looks like to the ops: plain descriptions of who owns which tokens. It computes nothing.
 
 The tokens of all requests of a step lie one after another without padding; T is their number, S the requests'.
 """
@@ -19,6 +19,18 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class LoraBatch:
+    """Which tokens of the step use which adapter, and where the adapters lie; `add_lora_` says how they are laid out."""
+
+    arena: Tensor
+    """[E], in the compute dtype: the numbers of all adapters in device memory."""
+    table: Tensor
+    """int64 [places, slots, 4]: for each place in the model that adapters change, each slot's `(offset, r₀, r₁, r₂)`."""
+    segments: tuple[Segment, ...]
+    """In the order of the step; tokens without an adapter are in none."""
+
+
+@dataclass(frozen=True, eq=False)
 class AttentionBatch:
     """Where each request's tokens stand in the step and in the paged KV cache."""
 
@@ -35,3 +47,15 @@ class AttentionBatch:
     def query_lens(self) -> tuple[int, ...]:
         """S counts: how many tokens of the step each request has."""
         return tuple(stop - start for start, stop in zip(self.query_starts, self.query_starts[1:], strict=False))
+
+
+@dataclass(frozen=True, eq=False)
+class StepInputs:
+    """All that a step computes from, besides what stays the same: weights, caches, adapters' numbers."""
+
+    token_ids: Tensor
+    """int64 [T]."""
+    positions: Tensor
+    """int64 [T], of each token in its request."""
+    attention: AttentionBatch
+    lora: LoraBatch

@@ -7,29 +7,32 @@ import torch
 from torch import Tensor
 
 from onebase_kernels import reference
-from onebase_kernels.batch import Segment
+from onebase_kernels.batch import LoraBatch
 from onebase_kernels.nf4 import BLOCK_SIZE, Nf4Weight, PackedNf4, dequantize_nf4, join_linears
 from onebase_kernels.sdpa_attention import paged_attention
 
-__all__ = ["add_lora_", "nf4_linear", "paged_attention"]
+__all__ = ["add_lora_", "head_logits", "nf4_linear", "paged_attention"]
 
 _FEW_ROWS = 8
 
 
-def nf4_linear(x: Tensor, packed: PackedNf4) -> Tensor:
+def nf4_linear(x: Tensor, packed: PackedNf4, bias: Tensor | None = None) -> Tensor:
     """As `reference.nf4_linear`, through bitsandbytes' op for 4-bit products."""
-    return join_linears(packed, lambda weight: _linear(x, weight))
+    return join_linears(packed, lambda weight: _linear(x, weight), bias)
 
 
-def add_lora_(
-    y: Tensor, x: Tensor, arena: Tensor, table: Tensor, widths: Sequence[int], segments: Sequence[Segment]
-) -> None:
+def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequence[int]) -> None:
     """As `reference.add_lora_`, a segment at a time: one product for all slices' A, then one for each slice's B."""
-    for slot, start, stop in segments:
+    for slot, start, stop in lora.segments:
         # On the CPU a bf16 product costs some 20 µs before it starts, more than a few rows take in fp32.
         is_short = x.device.type == "cpu" and stop - start <= _FEW_ROWS
         compute_dtype = torch.float32 if is_short else x.dtype
-        reference.add_adapter_(y[start:stop], x[start:stop], arena, table[slot], widths, compute_dtype)
+        reference.add_adapter_(y[start:stop], x[start:stop], lora.arena, lora.table[place, slot], widths, compute_dtype)
+
+
+def head_logits(hidden: Tensor, head: Tensor | PackedNf4) -> Tensor:
+    """As `reference.head_logits`."""
+    return reference.head_logits(hidden, head) if isinstance(head, Tensor) else nf4_linear(hidden, head).float()
 
 
 def _linear(x: Tensor, weight: Nf4Weight) -> Tensor:

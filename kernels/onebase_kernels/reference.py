@@ -3,13 +3,13 @@
 T = tokens of the step, all requests one after another without padding. Nothing here is fast on purpose.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from onebase_kernels.batch import AttentionBatch, Segment
+from onebase_kernels.batch import AttentionBatch, LoraBatch, StepInputs
 from onebase_kernels.nf4 import Nf4Group, Nf4Weight, PackedNf4, dequantize_nf4, join_linears
 
 
@@ -18,26 +18,43 @@ def pack_nf4(weights: Sequence[Nf4Weight]) -> PackedNf4:
     return Nf4Group(tuple(weights))
 
 
-def nf4_linear(x: Tensor, packed: PackedNf4) -> Tensor:
-    """`yᵢ = x Wᵢᵀ`, side by side: x [T, K], Wᵢ [Nᵢ, K] in NF4 → y [T, ΣNᵢ], in x's dtype.
+def record(forward: Callable[[StepInputs], Tensor], max_tokens: int) -> Callable[[StepInputs], Tensor]:  # noqa: ARG001
+    """`forward`, to be called for every step of up to `max_tokens` tokens, with as little between its ops as can be.
+
+    It may be called once here, on inputs that stand for any step's, and never again: what it does besides the ops is
+    not repeated. What a step returns lasts until the next.
+    """
+    return forward
+
+
+def embed(token_ids: Tensor, table: Tensor) -> Tensor:
+    """`table[token]` for each token: token_ids int64 [T], table [V, K] → [T, K]."""
+    return F.embedding(token_ids, table)
+
+
+def nf4_linear(x: Tensor, packed: PackedNf4, bias: Tensor | None = None) -> Tensor:
+    """`yᵢ = x Wᵢᵀ + bᵢ`, side by side: x [T, K], Wᵢ [Nᵢ, K] in NF4, bias [ΣNᵢ] → y [T, ΣNᵢ], in x's dtype.
 
     `packed` is what the same back end's `pack_nf4` made of the weights.
     """
-    return join_linears(packed, lambda weight: F.linear(x, dequantize_nf4(weight, x.dtype)))
+    return join_linears(packed, lambda weight: F.linear(x, dequantize_nf4(weight, x.dtype)), bias)
 
 
-def add_lora_(
-    y: Tensor, x: Tensor, arena: Tensor, table: Tensor, widths: Sequence[int], segments: Sequence[Segment]
-) -> None:
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`y = x Wᵀ + b` of a base that is not quantised: x [T, K], W [N, K], bias [N] → y [T, N]."""
+    return F.linear(x, weight, bias)
+
+
+def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequence[int]) -> None:
     """Add each segment's adapter to its rows of y: `y[start:stop, slice i] += (x[start:stop] Aᵢᵀ) Bᵢᵀ`.
 
-    y [T, ΣNᵢ] and x [T, K] are a projection group's output and input, widths its (N₀, …). arena [E] holds all adapters'
-    numbers; row `table[slot]` (int64 [slots, 4]) is `(offset, r₀, r₁, r₂)`: at `offset` lie A₀… stacked as [Σrᵢ, K],
+    y [T, ΣNᵢ] and x [T, K] are a projection group's output and input, widths its (N₀, …). `lora.arena` holds all
+    adapters' numbers; row `lora.table[place, slot]` is `(offset, r₀, r₁, r₂)`: at `offset` lie A₀… stacked as [Σrᵢ, K],
     then each Bᵢ transposed, [rᵢ, Nᵢ], the scale folded in. Rank 0 is a slice that the adapter leaves alone; rows of y
     in no segment are not touched. (LoRA, arXiv 2106.09685; the batched form is Punica's, arXiv 2310.18547.)
     """
-    for slot, start, stop in segments:
-        add_adapter_(y[start:stop], x[start:stop], arena, table[slot], widths, torch.float32)
+    for slot, start, stop in lora.segments:
+        add_adapter_(y[start:stop], x[start:stop], lora.arena, lora.table[place, slot], widths, torch.float32)
 
 
 def add_adapter_(
@@ -61,13 +78,13 @@ def add_adapter_(
         first += rank
 
 
-def write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """`cache[slot // block, slot % block] = row` for each token's row of k and v [T, Hkv, D].
+def write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> None:
+    """`cache[slot // block, slot % block] = row` for each token's row of k and v [T, Hkv, D] and its slot.
 
-    Caches are [blocks, block, Hkv, D], slot_mapping int64 [T].
+    Caches are [blocks, block, Hkv, D]; `batch.slot_mapping` has the slots.
     """
-    k_cache.view(-1, *k.shape[1:])[slot_mapping] = k
-    v_cache.view(-1, *v.shape[1:])[slot_mapping] = v
+    k_cache.view(-1, *k.shape[1:])[batch.slot_mapping] = k
+    v_cache.view(-1, *v.shape[1:])[batch.slot_mapping] = v
 
 
 def paged_attention(
@@ -107,20 +124,27 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
-def apply_rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+def add_rms_norm_(hidden: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`hidden += delta`, in place, then `rms_norm` of the sum; all [T, K]."""
+    hidden += delta
+    return rms_norm(hidden, weight, eps)
+
+
+def apply_rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
     """Rotate the pairs (i, i + D/2) of every head of q [T, H, D] and k [T, Hkv, D] by the token's angles, in place.
 
-    `(a, b) ← (a cos − b sin, b cos + a sin)` in fp32, with cos and sin fp32 [T, D/2] (arXiv 2104.09864).
+    `(a, b) ← (a cos − b sin, b cos + a sin)` in fp32, with cos and sin fp32 [positions, D/2] and a row of them for each
+    of `positions`, int64 [T] (arXiv 2104.09864).
     """
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
     for heads in (q, k):
         first, second = heads.float().chunk(2, dim=-1)
         heads.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
 
 
-def head_logits(hidden: Tensor, head: Tensor) -> Tensor:
-    """`hidden Wᵀ` in fp32: hidden [R, K], the output head W [V, K] → [R, V]."""
-    return F.linear(hidden, head).float()
+def head_logits(hidden: Tensor, head: Tensor | PackedNf4) -> Tensor:
+    """`hidden Wᵀ` in fp32: hidden [R, K], the output head W [V, K], dense or packed NF4 → [R, V]."""
+    return (F.linear(hidden, head) if isinstance(head, Tensor) else nf4_linear(hidden, head)).float()
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

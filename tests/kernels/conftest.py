@@ -16,6 +16,6 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     name, _, variant = request.param.partition(":")
     chosen = kernels.use_backend(name)
     if variant:
-        monkeypatch.setattr("onebase_kernels.cpu.backend._library", load_library(variant))
+        monkeypatch.setattr("onebase_kernels.cpu.execution.library", load_library(variant))
     yield chosen
     kernels.use_backend("reference")

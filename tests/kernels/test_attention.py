@@ -33,7 +33,8 @@ class PagedRequests:
         for row, (query, context) in enumerate(lengths):
             positions = torch.arange(context)
             where = tables[row, positions // block_size].long() * block_size + positions % block_size
-            kernels.write_kv_(self.keys[row], self.values[row], self.k_cache, self.v_cache, where)
+            whole = AttentionBatch((0, context), (context,), tables[row : row + 1], where)
+            kernels.write_kv_(self.keys[row], self.values[row], self.k_cache, self.v_cache, whole)
             slots.append(where[context - query :])
         starts = torch.tensor([0] + [query for query, _ in lengths]).cumsum(0).tolist()
         self.batch = AttentionBatch(tuple(starts), tuple(context for _, context in lengths), tables, torch.cat(slots))

@@ -34,7 +34,7 @@ def test_several_threads_give_the_bits_of_one(variant: str, monkeypatch: pytest.
     if why_not(variant):
         pytest.skip(why_not(variant) or "")
     library = load_library(variant)
-    monkeypatch.setattr("onebase_kernels.cpu.backend._library", library)
+    monkeypatch.setattr("onebase_kernels.cpu.execution.library", library)
     kernels.use_backend("cpu")
     packed = kernels.pack_nf4([kernels.quantize_nf4(torch.randn(n, 256)) for n in (512, 128, 128)])
     head = torch.randn(4096, 256).bfloat16()

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 import onebase_kernels as kernels
+from onebase_kernels import AttentionBatch
 
 
 @pytest.mark.parametrize("rows", [1, 1200])
@@ -18,15 +19,35 @@ def test_rms_norm_is_llamas(backend: str, dtype: torch.dtype, one_ulp: float, ro
     torch.testing.assert_close(kernels.rms_norm(x, norm.weight.data, 1e-5), expected, rtol=one_ulp, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_add_rms_norm_keeps_the_sum_and_returns_its_norm(backend: str, dtype: torch.dtype) -> None:
+    hidden, delta, weight = torch.randn(5, 72).to(dtype), torch.randn(5, 72).to(dtype), torch.randn(72).to(dtype)
+    total = hidden + delta
+    normed = kernels.add_rms_norm_(hidden, delta, weight, 1e-5)
+    assert torch.equal(hidden, total)
+    assert torch.equal(normed, kernels.rms_norm(total, weight, 1e-5))
+
+
+def test_heads_are_normed_one_by_one_even_when_they_are_slices(backend: str) -> None:
+    qkv, weight = torch.randn(4, 5, 32), torch.randn(32)
+    k = qkv[:, 2:4]
+    torch.testing.assert_close(kernels.rms_norm(k, weight, 1e-5), kernels.rms_norm(k.contiguous(), weight, 1e-5))
+
+
+def test_embed_takes_each_tokens_row(backend: str) -> None:
+    table, tokens = torch.randn(11, 6), torch.tensor([3, 10, 0, 3])
+    assert torch.equal(kernels.embed(tokens, table), table[tokens])
+
+
 @pytest.mark.parametrize("head_size", [16, 64])
 def test_rope_rotates_q_and_k_in_place_even_when_they_are_slices(backend: str, head_size: int) -> None:
     qkv = torch.randn(7, 5, head_size)
     q, k, v = torch.split(qkv, [3, 1, 1], dim=1)
-    angles = torch.rand(7, head_size // 2) * 6
-    cos, sin = (torch.cat([f(angles)] * 2, dim=-1).unsqueeze(0) for f in (torch.cos, torch.sin))
+    angles, positions = torch.rand(9, head_size // 2) * 6, torch.tensor([3, 0, 8, 8, 1, 2, 7])
+    cos, sin = (torch.cat([f(angles[positions])] * 2, dim=-1).unsqueeze(0) for f in (torch.cos, torch.sin))
     expected = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
     before = v.clone()
-    kernels.apply_rope_(q, k, angles.cos(), angles.sin())
+    kernels.apply_rope_(q, k, angles.cos(), angles.sin(), positions)
     torch.testing.assert_close(qkv[:, :3], expected[0][0].transpose(0, 1))
     torch.testing.assert_close(qkv[:, 3:4], expected[1][0].transpose(0, 1))
     assert torch.equal(qkv[:, 4:], before)
@@ -34,9 +55,9 @@ def test_rope_rotates_q_and_k_in_place_even_when_they_are_slices(backend: str, h
 
 def test_rope_in_bfloat16_rounds_once(backend: str) -> None:
     q, k, angles = torch.randn(7, 3, 16).bfloat16(), torch.randn(7, 1, 16).bfloat16(), torch.rand(7, 8) * 6
-    wide_q, wide_k = q.float(), k.float()
-    kernels.apply_rope_(wide_q, wide_k, angles.cos(), angles.sin())
-    kernels.apply_rope_(q, k, angles.cos(), angles.sin())
+    wide_q, wide_k, positions = q.float(), k.float(), torch.arange(7)
+    kernels.apply_rope_(wide_q, wide_k, angles.cos(), angles.sin(), positions)
+    kernels.apply_rope_(q, k, angles.cos(), angles.sin(), positions)
     assert torch.equal(q, wide_q.bfloat16())
     assert torch.equal(k, wide_k.bfloat16())
 
@@ -58,11 +79,20 @@ def test_head_logits_are_products_in_fp32(backend: str, vocab: int, size: int, r
     torch.testing.assert_close(kernels.head_logits(hidden, head), hidden @ head.T)
 
 
+def test_head_logits_of_a_head_in_nf4_are_fp32(backend: str) -> None:
+    head, hidden = kernels.quantize_nf4(torch.randn(64, 128)), torch.randn(3, 128)
+    expected = hidden @ kernels.dequantize_nf4(head, torch.float32).T
+    logits = kernels.head_logits(hidden.bfloat16(), kernels.pack_nf4([head]))
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, expected, rtol=2**-6, atol=0.3)
+
+
 def test_write_kv_writes_its_slots_and_nothing_else(backend: str) -> None:
     k_cache, v_cache = torch.full((4, 3, 2, 5), torch.nan), torch.full((4, 3, 2, 5), torch.nan)
     k, v = torch.randn(3, 2, 5), torch.randn(3, 2, 5)
     slots = torch.tensor([10, 0, 5])
-    kernels.write_kv_(k, v, k_cache, v_cache, slots)
+    batch = AttentionBatch((0, 3), (3,), torch.zeros(1, 1, dtype=torch.int32), slots)
+    kernels.write_kv_(k, v, k_cache, v_cache, batch)
     for rows, cache in ((k, k_cache), (v, v_cache)):
         assert torch.equal(cache.view(12, 2, 5)[slots], rows)
         assert cache.isnan().sum() == cache.numel() - rows.numel()

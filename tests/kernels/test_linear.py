@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import onebase_kernels as kernels
-from onebase_kernels import Segment, dequantize_nf4, quantize_nf4
+from onebase_kernels import LoraBatch, Segment, dequantize_nf4, quantize_nf4
 
 Pairs = list[tuple[Tensor, Tensor] | None]
 
@@ -40,6 +40,25 @@ def test_nf4_linear_is_the_product_with_the_dequantised_weights(
     assert relative_error(half, expected) < 1e-2
 
 
+def test_nf4_linear_adds_the_bias_of_all_weights(backend: str) -> None:
+    weights = [quantize_nf4(random(n, 128, seed=n)) for n in (32, 16)]
+    packed, x, bias = kernels.pack_nf4(weights), random(3, 128), random(48, seed=1)
+    torch.testing.assert_close(kernels.nf4_linear(x, packed, bias), kernels.nf4_linear(x, packed) + bias)
+    half = kernels.nf4_linear(x.bfloat16(), packed, bias.bfloat16())
+    assert relative_error(half, kernels.nf4_linear(x, packed) + bias) < 1e-2
+
+
+@pytest.mark.parametrize("rows", [1, 33])
+@pytest.mark.parametrize(("outputs", "inputs"), [(48, 96), (40, 50)])
+def test_dense_linear_is_the_product_plus_the_bias(backend: str, outputs: int, inputs: int, rows: int) -> None:
+    x, weight, bias = random(rows, inputs), random(outputs, inputs, seed=1), random(outputs, seed=2)
+    torch.testing.assert_close(kernels.dense_linear(x, weight, bias), x @ weight.T + bias)
+    half = kernels.dense_linear(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert relative_error(half, x @ weight.T + bias) < 1e-2
+    assert relative_error(kernels.dense_linear(x.bfloat16(), weight.bfloat16()), x @ weight.T) < 1e-2
+
+
 class Arena:
     """Adapters of one projection group packed as `add_lora_` wants them, amid NaN that must not be read."""
 
@@ -59,6 +78,12 @@ class Arena:
             self.pairs.append(pairs)
         self.numbers = torch.cat(chunks)
         self.table = torch.tensor(rows, dtype=torch.int64)
+
+    def add_to(self, y: Tensor, x: Tensor, segments: Sequence[Segment]) -> None:
+        """The side path, with the group at the second of three places."""
+        nowhere = torch.full_like(self.table, -1)
+        lora = LoraBatch(self.numbers.to(y.dtype), torch.stack([nowhere, self.table, nowhere]), tuple(segments))
+        kernels.add_lora_(y, x, lora, 1, self.widths)
 
     def expected(self, x: Tensor, segments: Sequence[Segment]) -> Tensor:
         """What the side path adds to zeros."""
@@ -92,7 +117,7 @@ def test_each_row_gets_its_own_adapter_and_others_are_untouched(backend: str, gr
     arena = Arena(48, widths, adapters)
     x, base = random(11, 48, seed=7), random(11, sum(widths), seed=8)
     y = base.clone()
-    kernels.add_lora_(y, x, arena.numbers, arena.table, widths, segments)
+    arena.add_to(y, x, segments)
     expected = arena.expected(x, segments)
     torch.testing.assert_close(y - base, expected, rtol=1e-4, atol=1e-4)
     idle = torch.ones(11, dtype=torch.bool)
@@ -106,5 +131,5 @@ def test_side_path_in_bfloat16_is_near_float32(backend: str) -> None:
     x = random(3, 48, seed=7)
     y = torch.zeros(3, 32, dtype=torch.bfloat16)
     segments = [Segment(0, 0, 3)]
-    kernels.add_lora_(y, x.bfloat16(), arena.numbers.bfloat16(), arena.table, (32,), segments)
+    arena.add_to(y, x.bfloat16(), segments)
     assert relative_error(y, arena.expected(x, segments)) < 2e-2

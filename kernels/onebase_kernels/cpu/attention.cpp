@@ -8,6 +8,7 @@
 
 #include "parallel.h"
 #include "simd.h"
+#include "step.h"
 
 namespace onebase {
 
@@ -17,12 +18,10 @@ struct Attention {
     const void* k_cache;
     const void* v_cache;  // [blocks, block_size, kv_heads, head_size]
     int64_t q_stride;
-    const int64_t* query_starts;  // [requests + 1]
-    const int64_t* context_lens;  // [requests]
-    const int32_t* block_tables;  // [requests, table_width]
-    int64_t num_requests, table_width, block_size, heads, kv_heads, head_size;
+    int64_t block_size, heads, kv_heads, head_size;
     int64_t window;  // how many keys a query sees, itself included; 0 for all
     float scale;
+    int32_t dtype;
 };
 
 namespace {
@@ -44,8 +43,8 @@ struct Scratch {
 template <class T, int VECTORS>
 class PieceAttention {
 public:
-    PieceAttention(const Attention& a, const Piece& piece, Scratch& scratch)
-        : a_(a), piece_(piece), group_(a.heads / a.kv_heads), rows_(group_ * piece.num_queries),
+    PieceAttention(const Attention& a, const Step& step, const Piece& piece, Scratch& scratch)
+        : a_(a), step_(step), piece_(piece), group_(a.heads / a.kv_heads), rows_(group_ * piece.num_queries),
           first_key_(a.window ? std::max<int64_t>(0, piece.first_position - a.window + 1) : 0),
           num_keys_(piece.first_position + piece.num_queries - first_key_), scratch_(scratch) {}
 
@@ -68,7 +67,7 @@ private:
 
     // Where each key, and in the other cache its value, begins.
     void find_keys() {
-        const int32_t* blocks = a_.block_tables + piece_.request * a_.table_width;
+        const int32_t* blocks = step_.block_tables + piece_.request * step_.table_width;
         const int64_t stride = a_.kv_heads * HEAD;
         scratch_.offsets.resize(num_keys_);
         int64_t block = first_key_ / a_.block_size, within = first_key_ % a_.block_size;
@@ -143,54 +142,54 @@ private:
     }
 
     const Attention& a_;
+    const Step& step_;
     const Piece& piece_;
     const int64_t group_, rows_, first_key_, num_keys_;
     Scratch& scratch_;
 };
 
-std::vector<Piece> cut(const Attention& a) {
-    std::vector<Piece> pieces;
-    for (int64_t request = 0; request < a.num_requests; request++) {
-        const int64_t start = a.query_starts[request], stop = a.query_starts[request + 1];
-        const int64_t before = a.context_lens[request] - (stop - start);
+void cut(const Attention& a, const Step& step, std::vector<Piece>& pieces) {
+    pieces.clear();
+    for (int64_t request = 0; request < step.num_requests; request++) {
+        const int64_t start = step.query_starts[request], stop = step.query_starts[request + 1];
+        const int64_t before = step.context_lens[request] - (stop - start);
         for (int64_t token = start; token < stop; token += MAX_QUERIES)
             for (int64_t kv_head = 0; kv_head < a.kv_heads; kv_head++)
                 pieces.push_back({request, token, std::min(MAX_QUERIES, stop - token), before + token - start, kv_head});
     }
-    return pieces;
 }
 
 template <class T, int VECTORS>
-int32_t attend(const Attention& attention) {
-    const auto pieces = cut(attention);
+void attend(const Attention& attention, const Step& step) {
+    thread_local std::vector<Piece> pieces;
+    cut(attention, step, pieces);
+    const Piece* first_piece = pieces.data();  // the caller's, for all threads
     parallel(int64_t(pieces.size()), [&](int64_t first, int64_t last) {
         thread_local Scratch scratch;
-        for (int64_t i = first; i < last; i++) PieceAttention<T, VECTORS>(attention, pieces[i], scratch).run();
+        for (int64_t i = first; i < last; i++)
+            PieceAttention<T, VECTORS>(attention, step, first_piece[i], scratch).run();
     });
-    return 1;
 }
 
 template <class T>
-int32_t attend(const Attention& attention) {
+void attend(const Attention& attention, const Step& step) {
     switch (attention.head_size) {
-        case 16: return attend<T, 1>(attention);
-        case 32: return attend<T, 2>(attention);
-        case 48: return attend<T, 3>(attention);
-        case 64: return attend<T, 4>(attention);
-        case 80: return attend<T, 5>(attention);
-        case 96: return attend<T, 6>(attention);
-        case 128: return attend<T, 8>(attention);
-        case 192: return attend<T, 12>(attention);
-        case 256: return attend<T, 16>(attention);
-        default: return 0;
+        case 16: return attend<T, 1>(attention, step);
+        case 32: return attend<T, 2>(attention, step);
+        case 48: return attend<T, 3>(attention, step);
+        case 64: return attend<T, 4>(attention, step);
+        case 80: return attend<T, 5>(attention, step);
+        case 96: return attend<T, 6>(attention, step);
+        case 128: return attend<T, 8>(attention, step);
+        case 192: return attend<T, 12>(attention, step);
+        case 256: return attend<T, 16>(attention, step);
     }
 }
 
 }  // namespace
 }  // namespace onebase
 
-// The contract of paged_attention in reference.py; false for a head size that is not carried.
-ONEBASE_EXPORT int32_t onebase_attention(const onebase::Attention* attention, int32_t dtype) {
-    return dtype == onebase::BFLOAT16 ? onebase::attend<onebase::BFloat16>(*attention)
-                                      : onebase::attend<float>(*attention);
+// The contract of paged_attention in reference.py, for the head sizes above; backend.py knows them.
+ONEBASE_EXPORT void onebase_attention(const onebase::Attention* call, const onebase::Step* step) {
+    onebase::dispatch(call->dtype, [&]<class T>() { onebase::attend<T>(*call, *step); });
 }

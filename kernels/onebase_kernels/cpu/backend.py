@@ -5,21 +5,23 @@ the reference takes.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from onebase_kernels import reference, sdpa_attention
-from onebase_kernels.batch import AttentionBatch, Segment
-from onebase_kernels.cpu.library import DTYPES, CAttention, load_library
+from onebase_kernels.batch import AttentionBatch, LoraBatch, StepInputs
+from onebase_kernels.cpu import calls, execution
+from onebase_kernels.cpu.calls import DTYPES, Step
+from onebase_kernels.cpu.execution import empty, run
 from onebase_kernels.cpu.nf4_packing import TiledNf4, can_pack, pack
 from onebase_kernels.nf4 import Nf4Weight, PackedNf4
 
-_library = load_library()
-
 _LANES = 16
+_HEAD_SIZES = frozenset({16, 32, 48, 64, 80, 96, 128, 192, 256})
+"""attention.cpp has one function for each."""
 
 
 def pack_nf4(weights: Sequence[Nf4Weight]) -> PackedNf4:
@@ -27,148 +29,227 @@ def pack_nf4(weights: Sequence[Nf4Weight]) -> PackedNf4:
     return pack(weights) if can_pack(weights) else reference.pack_nf4(weights)
 
 
-def nf4_linear(x: Tensor, packed: PackedNf4) -> Tensor:
-    """As `reference.nf4_linear`, fused: no weight is ever dequantised in memory."""
-    if not isinstance(packed, TiledNf4):
-        return reference.nf4_linear(x, packed)
-    if x.dtype not in DTYPES:
-        return nf4_linear(x.float(), packed).to(x.dtype)
-    x = x.contiguous()
-    y = torch.empty(x.shape[0], packed.out_features, dtype=x.dtype)
-    _library.onebase_nf4_linear(packed.address, x.data_ptr(), x.shape[0], y.data_ptr(), DTYPES[x.dtype])
+def record(forward: Callable[[StepInputs], Tensor], max_tokens: int) -> Callable[[StepInputs], Tensor]:
+    """As `reference.record`: a program where the library carries all of the step, else `forward` as it is."""
+    try:
+        return execution.record(forward, max_tokens)
+    except execution.NotRecordable:
+        return forward
+
+
+def embed(token_ids: Tensor, table: Tensor) -> Tensor:
+    """As `reference.embed`."""
+    if not _are_plain(token_ids, table):
+        return reference.embed(token_ids, table)
+    y = empty((token_ids.shape[0], table.shape[1]), table.dtype)
+    call = calls.Embed(table=table.data_ptr(), y=y.data_ptr(), row_bytes=table.stride(0) * table.element_size())
+    run(call, Step(rows=token_ids.shape[0], token_ids=token_ids.data_ptr()))
     return y
 
 
-def add_lora_(
-    y: Tensor, x: Tensor, arena: Tensor, table: Tensor, widths: Sequence[int], segments: Sequence[Segment]
-) -> None:
-    """As `reference.add_lora_`, all segments and slices in one call."""
-    if y.dtype not in DTYPES or not _are_plain(y, x, arena, table):
-        reference.add_lora_(y, x, arena, table, widths, segments)
-        return
-    _library.onebase_add_lora(
-        y.data_ptr(),
-        x.data_ptr(),
-        arena.data_ptr(),
-        table.data_ptr(),
-        _int64s(tuple(widths)),
-        len(widths),
-        x.shape[1],
-        y.shape[1],
-        _segments(tuple(segments)),
-        len(segments),
-        DTYPES[y.dtype],
+def nf4_linear(x: Tensor, packed: PackedNf4, bias: Tensor | None = None) -> Tensor:
+    """As `reference.nf4_linear`, fused: no weight is ever dequantised in memory."""
+    if not isinstance(packed, TiledNf4):
+        return reference.nf4_linear(x, packed, bias)
+    if x.dtype not in DTYPES or not x.is_contiguous() or (bias is not None and bias.dtype != x.dtype):
+        wide_bias = None if bias is None else bias.float()
+        return nf4_linear(x.float().contiguous(), packed, wide_bias).to(x.dtype)
+    y = empty((x.shape[0], packed.out_features), x.dtype)
+    _nf4_linear(x, packed, bias, y)
+    return y
+
+
+def _nf4_linear(x: Tensor, packed: TiledNf4, bias: Tensor | None, y: Tensor) -> None:
+    call = calls.Nf4Linear(
+        group=packed.address,
+        x=x.data_ptr(),
+        y=y.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        x_dtype=DTYPES[x.dtype],
+        y_dtype=DTYPES[y.dtype],
     )
+    run(call, Step(rows=x.shape[0]))
 
 
-def write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `reference.dense_linear`."""
+    if not _carries_dense(x, weight):
+        return reference.dense_linear(x, weight, bias)
+    y = empty((x.shape[0], weight.shape[0]), x.dtype)
+    _dense_linear(x, weight, bias, y)
+    return y
+
+
+def head_logits(hidden: Tensor, head: Tensor | PackedNf4) -> Tensor:
+    """As `reference.head_logits`; bf16 is not rounded once more on the way to fp32."""
+    if isinstance(head, TiledNf4) and hidden.dtype in DTYPES and hidden.is_contiguous():
+        logits = empty((hidden.shape[0], head.out_features), torch.float32)
+        _nf4_linear(hidden, head, None, logits)
+        return logits
+    if isinstance(head, Tensor) and _carries_dense(hidden, head):
+        logits = empty((hidden.shape[0], head.shape[0]), torch.float32)
+        _dense_linear(hidden, head, None, logits)
+        return logits
+    return reference.head_logits(hidden, head)
+
+
+def _carries_dense(x: Tensor, weight: Tensor) -> bool:
+    is_bf16 = x.dtype == weight.dtype == torch.bfloat16 and execution.library.onebase_has_dense_linear()
+    outputs, inputs = weight.shape
+    return bool(is_bf16) and _are_plain(x, weight) and outputs % _LANES == 0 and inputs % (2 * _LANES) == 0
+
+
+def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    call = calls.DenseLinear(
+        x=x.data_ptr(),
+        weight=weight.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        y=y.data_ptr(),
+        num_outputs=weight.shape[0],
+        num_inputs=weight.shape[1],
+        y_dtype=DTYPES[y.dtype],
+    )
+    run(call, Step(rows=x.shape[0]))
+
+
+def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequence[int]) -> None:
+    """As `reference.add_lora_`, all segments and slices in one call."""
+    if y.dtype not in DTYPES or not _are_plain(y, x, lora.arena, lora.table):
+        reference.add_lora_(y, x, lora, place, widths)
+        return
+    call = calls.AddLora(
+        y=y.data_ptr(),
+        x=x.data_ptr(),
+        widths=ctypes.addressof(_widths(tuple(widths))),
+        num_slices=len(widths),
+        num_inputs=x.shape[1],
+        num_outputs=y.shape[1],
+        place=place,
+        dtype=DTYPES[y.dtype],
+    )
+    step = Step(rows=x.shape[0])
+    execution.add_segments(step, lora)
+    run(call, step)
+
+
+@lru_cache(maxsize=None)  # a model has but a few, and programs point to them
+def _widths(widths: tuple[int, ...]) -> "ctypes.Array[ctypes.c_int64]":
+    return (ctypes.c_int64 * len(widths))(*widths)
+
+
+def write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> None:
     """As `reference.write_kv_`."""
     for new, cache in ((k, k_cache), (v, v_cache)):
-        if not _has_plain_tokens(new) or new.dtype != cache.dtype or not _are_plain(cache, slot_mapping):
-            reference.write_kv_(k, v, k_cache, v_cache, slot_mapping)
+        if not _has_plain_tokens(new) or new.dtype != cache.dtype or not _are_plain(cache, batch.slot_mapping):
+            reference.write_kv_(k, v, k_cache, v_cache, batch)
             return
     for new, cache in ((k, k_cache), (v, v_cache)):
         size = new.element_size()
-        _library.onebase_write_cache(
-            new.data_ptr(),
-            new.shape[0],
-            new.stride(0) * size,
-            new.shape[1] * new.shape[2] * size,
-            slot_mapping.data_ptr(),
-            cache.data_ptr(),
+        call = calls.WriteCache(
+            x=new.data_ptr(),
+            row_stride=new.stride(0) * size,
+            row_bytes=new.shape[1] * new.shape[2] * size,
+            cache=cache.data_ptr(),
         )
+        run(call, Step(rows=new.shape[0], slot_mapping=batch.slot_mapping.data_ptr()))
 
 
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float, window: int | None = None
 ) -> Tensor:
     """As `reference.paged_attention`."""
-    is_carried = q.dtype in DTYPES and q.dtype == k_cache.dtype == v_cache.dtype
+    is_carried = q.dtype in DTYPES and q.dtype == k_cache.dtype == v_cache.dtype and q.shape[2] in _HEAD_SIZES
     if not is_carried or not _has_plain_tokens(q) or not _are_plain(k_cache, v_cache, batch.block_tables):
         return sdpa_attention.paged_attention(q, k_cache, v_cache, batch, scale, window)
-    out = torch.empty(q.shape, dtype=q.dtype)
-    query_starts, context_lens = _int64s(batch.query_starts), _int64s(batch.context_lens)
-    call = CAttention(
+    out = empty(q.shape, q.dtype)
+    call = calls.Attention(
         q=q.data_ptr(),
         out=out.data_ptr(),
         k_cache=k_cache.data_ptr(),
         v_cache=v_cache.data_ptr(),
         q_stride=q.stride(0),
-        query_starts=ctypes.addressof(query_starts),
-        context_lens=ctypes.addressof(context_lens),
-        block_tables=batch.block_tables.data_ptr(),
-        num_requests=len(batch.context_lens),
-        table_width=batch.block_tables.shape[1],
         block_size=k_cache.shape[1],
         heads=q.shape[1],
         kv_heads=k_cache.shape[2],
         head_size=q.shape[2],
         window=window or 0,
         scale=scale,
+        dtype=DTYPES[q.dtype],
     )
-    if _library.onebase_attention(ctypes.byref(call), DTYPES[q.dtype]):
-        return out
-    return sdpa_attention.paged_attention(q, k_cache, v_cache, batch, scale, window)
+    run(call, execution.attention_step(batch))
+    return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `reference.rms_norm`."""
-    if x.dtype not in DTYPES or x.dtype != weight.dtype:
+    if not _carries_norm(x, weight):
         return reference.rms_norm(x, weight, eps)
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    size = x.shape[-1]
-    _library.onebase_rms_norm(
-        x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // size, size, eps, DTYPES[x.dtype]
+    return _rms_norm(x, None, weight, eps)
+
+
+def add_rms_norm_(hidden: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `reference.add_rms_norm_`."""
+    if not _carries_norm(hidden, weight) or not _are_plain(hidden, delta) or hidden.dtype != delta.dtype:
+        return reference.add_rms_norm_(hidden, delta, weight, eps)
+    return _rms_norm(hidden, delta, weight, eps)
+
+
+def _carries_norm(x: Tensor, weight: Tensor) -> bool:
+    has_plain_rows = x.ndim == 2 and x.stride(1) == 1 or x.ndim == 3 and _has_plain_tokens(x)
+    return x.dtype in DTYPES and x.dtype == weight.dtype and has_plain_rows
+
+
+def _rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """x is [rows, size] or [rows, heads, size], and each head normalised alone."""
+    y = empty(x.shape, x.dtype)
+    call = calls.RmsNorm(
+        x=x.data_ptr(),
+        delta=None if delta is None else delta.data_ptr(),
+        weight=weight.data_ptr(),
+        y=y.data_ptr(),
+        x_stride=x.stride(0),
+        heads=x.shape[1] if x.ndim == 3 else 1,
+        size=x.shape[-1],
+        eps=eps,
+        dtype=DTYPES[x.dtype],
     )
+    run(call, Step(rows=x.shape[0]))
     return y
 
 
-def apply_rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+def apply_rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
     """As `reference.apply_rope_`."""
-    if q.dtype not in DTYPES or not (_has_plain_tokens(q) and _has_plain_tokens(k) and _are_plain(cos, sin)):
-        reference.apply_rope_(q, k, cos, sin)
+    is_carried = q.dtype in DTYPES and _has_plain_tokens(q) and _has_plain_tokens(k) and _are_plain(cos, sin, positions)
+    if not is_carried:
+        reference.apply_rope_(q, k, cos, sin, positions)
         return
     for heads in (q, k):
-        tokens, num_heads, head_size = heads.shape
-        _library.onebase_rope(
-            heads.data_ptr(),
-            tokens,
-            heads.stride(0),
-            num_heads,
-            head_size,
-            cos.data_ptr(),
-            sin.data_ptr(),
-            DTYPES[heads.dtype],
+        call = calls.Rope(
+            x=heads.data_ptr(),
+            x_stride=heads.stride(0),
+            heads=heads.shape[1],
+            head_size=heads.shape[2],
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            dtype=DTYPES[heads.dtype],
         )
+        run(call, Step(rows=heads.shape[0], positions=positions.data_ptr()))
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """As `reference.silu_mul`."""
-    if gate_up.dtype not in DTYPES:
+    if gate_up.dtype not in DTYPES or not gate_up.is_contiguous():
         return reference.silu_mul(gate_up)
-    gate_up = gate_up.contiguous()
-    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-    y = torch.empty(rows, size, dtype=gate_up.dtype)
-    _library.onebase_silu_mul(gate_up.data_ptr(), y.data_ptr(), rows, size, DTYPES[gate_up.dtype])
+    size = gate_up.shape[1] // 2
+    y = empty((gate_up.shape[0], size), gate_up.dtype)
+    call = calls.SiluMul(gate_up=gate_up.data_ptr(), y=y.data_ptr(), size=size, dtype=DTYPES[gate_up.dtype])
+    run(call, Step(rows=gate_up.shape[0]))
     return y
-
-
-def head_logits(hidden: Tensor, head: Tensor) -> Tensor:
-    """As `reference.head_logits`; bf16 is not rounded once more on the way to fp32."""
-    (vocab, size), plain = head.shape, hidden.is_contiguous() and head.is_contiguous()
-    if plain and hidden.dtype == head.dtype == torch.bfloat16 and vocab % _LANES == 0 and size % (2 * _LANES) == 0:
-        logits = torch.empty(hidden.shape[0], vocab, dtype=torch.float32)
-        if _library.onebase_dense_linear(
-            hidden.data_ptr(), hidden.shape[0], head.data_ptr(), vocab, size, logits.data_ptr()
-        ):
-            return logits
-    return reference.head_logits(hidden, head)
 
 
 def set_num_threads(count: int) -> None:
     """As `reference.set_num_threads`, for the library's threads and for torch's."""
-    _library.onebase_set_threads(count)
+    execution.library.onebase_set_threads(count)
     torch.set_num_threads(count)
 
 
@@ -180,13 +261,3 @@ def _are_plain(*tensors: Tensor) -> bool:
 def _has_plain_tokens(heads: Tensor) -> bool:
     """Whether each token's heads [H, D] lie without gaps, however far apart the tokens are."""
     return heads.stride(2) == 1 and heads.stride(1) == heads.shape[2]
-
-
-@lru_cache(maxsize=64)  # every layer of a step asks for the same few
-def _int64s(values: tuple[int, ...]) -> "ctypes.Array[ctypes.c_int64]":
-    return (ctypes.c_int64 * len(values))(*values)
-
-
-@lru_cache(maxsize=4)
-def _segments(segments: tuple[Segment, ...]) -> "ctypes.Array[ctypes.c_int64]":
-    return _int64s(tuple(number for segment in segments for number in segment))

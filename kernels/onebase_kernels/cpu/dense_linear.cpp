@@ -8,12 +8,23 @@
 
 #include "parallel.h"
 #include "simd.h"
+#include "step.h"
 
 #if defined(__AMX_BF16__)
 #include "amx.h"
 #endif
 
 namespace onebase {
+
+struct DenseLinear {
+    const BFloat16* x;  // [rows, num_inputs]
+    const BFloat16* weight;  // [num_outputs, num_inputs]
+    const BFloat16* bias;  // [num_outputs]; may be null
+    void* y;  // [rows, num_outputs]
+    int64_t num_outputs, num_inputs;
+    int32_t y_dtype;
+};
+
 namespace {
 
 constexpr int64_t BLOCK = 16;    // outputs, and rows of x, of a tile
@@ -89,8 +100,10 @@ void multiply_block(int tiles, const BFloat16* weight, const BFloat16* x_tiles, 
     }
 }
 
-void linear(const BFloat16* x, int64_t m, const BFloat16* weight, int64_t n, int64_t k, float* y) {
-    const auto x_tiles = transpose_pairs(x, m, k);
+template <class T>
+void linear(const DenseLinear& call, int64_t m, T* y) {
+    const int64_t n = call.num_outputs, k = call.num_inputs;
+    const auto x_tiles = transpose_pairs(call.x, m, k);
     parallel(n / BLOCK, [&](int64_t first, int64_t last) {
 #if defined(__AMX_BF16__)
         const Tiles configured;
@@ -99,12 +112,15 @@ void linear(const BFloat16* x, int64_t m, const BFloat16* weight, int64_t n, int
         for (int64_t block = first; block < last; block++)
             for (int64_t row = 0; row < m; row += MAX_TILES * BLOCK) {
                 const int64_t rows = std::min(m - row, MAX_TILES * BLOCK);
-                multiply_block(int((rows + BLOCK - 1) / BLOCK), weight + block * BLOCK * k, x_tiles.data() + row * k, k,
-                               sums);
+                multiply_block(int((rows + BLOCK - 1) / BLOCK), call.weight + block * BLOCK * k,
+                               x_tiles.data() + row * k, k, sums);
                 for (int64_t i = 0; i < rows; i++)
-                    for (int64_t output = 0; output < BLOCK; output++)
-                        y[(row + i) * n + block * BLOCK + output] =
-                            sums[(i / BLOCK * BLOCK + output) * BLOCK + i % BLOCK];
+                    for (int64_t output = 0; output < BLOCK; output++) {
+                        const int64_t column = block * BLOCK + output;
+                        const float bias = call.bias ? load_one(call.bias + column) : 0.0f;
+                        store_one(y + (row + i) * n + column,
+                                  sums[(i / BLOCK * BLOCK + output) * BLOCK + i % BLOCK] + bias);
+                    }
             }
     });
 }
@@ -114,14 +130,18 @@ void linear(const BFloat16* x, int64_t m, const BFloat16* weight, int64_t n, int
 }  // namespace
 }  // namespace onebase
 
-// y[m, n] (fp32) = x[m, k] · weight[n, k]ᵀ (bfloat16); n a multiple of 16, k of 32. False where the variant has no
-// products of bfloat16: torch's own are then as good.
-ONEBASE_EXPORT int32_t onebase_dense_linear(
-    [[maybe_unused]] const onebase::BFloat16* x, [[maybe_unused]] int64_t m,
-    [[maybe_unused]] const onebase::BFloat16* weight, [[maybe_unused]] int64_t n, [[maybe_unused]] int64_t k,
-    [[maybe_unused]] float* y) {
+// y = x · weightᵀ + bias; num_outputs a multiple of 16, num_inputs of 32. Only variants with products of bfloat16 have it:
+// the others' would be no better than torch's own.
+ONEBASE_EXPORT void onebase_dense_linear(
+    [[maybe_unused]] const onebase::DenseLinear* call, [[maybe_unused]] const onebase::Step* step) {
 #if defined(__AVX512BF16__)
-    onebase::linear(x, m, weight, n, k, y);
+    onebase::dispatch(call->y_dtype,
+                      [&]<class T>() { onebase::linear(*call, step->rows, static_cast<T*>(call->y)); });
+#endif
+}
+
+ONEBASE_EXPORT int32_t onebase_has_dense_linear() {
+#if defined(__AVX512BF16__)
     return 1;
 #else
     return 0;

@@ -1,7 +1,8 @@
-// The small ops between the products: RMS norm, rotary embedding, the gated activation, writing keys and values.
+// The small ops between the products: embedding, RMS norm, rotary embedding, gated activation, writing keys and values.
 
 #include "parallel.h"
 #include "simd.h"
+#include "step.h"
 
 namespace onebase {
 namespace {
@@ -21,7 +22,14 @@ void for_rows(int64_t rows, int64_t numbers_per_row, Body body) {
 }
 
 template <class T>
-void rms_norm(const T* x, const T* weight, T* y, int64_t size, float eps) {
+void add(T* x, const T* delta, int64_t size) {
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) store(x + i, load(x + i) + load(delta + i));
+    for (; i < size; i++) store_one(x + i, load_one(x + i) + load_one(delta + i));
+}
+
+template <class T>
+void normalize(const T* x, const T* weight, T* y, int64_t size, float eps) {
     F32x16 squares{};
     int64_t i = 0;
     for (; i + LANES <= size; i += LANES) {
@@ -64,46 +72,94 @@ void silu_mul(const T* gate, const T* up, T* y, int64_t size) {
 }
 
 }  // namespace
+
+// All pointers of a call are to numbers of `dtype` unless they say otherwise; the formulas are reference.py's.
+
+struct Embed {
+    const char* table;
+    char* y;
+    int64_t row_bytes;
+};
+
+struct RmsNorm {
+    void* x;            // [rows, heads, size], a row's heads without gaps
+    const void* delta;  // added to x first, in place; may be null
+    const void* weight;
+    void* y;  // [rows, heads, size]
+    int64_t x_stride;
+    int64_t heads, size;
+    float eps;
+    int32_t dtype;
+};
+
+struct Rope {
+    void* x;  // [rows, heads, head_size], a row's heads without gaps
+    int64_t x_stride;
+    int64_t heads, head_size;
+    const float* cos;  // [positions, head_size / 2], as sin
+    const float* sin;
+    int32_t dtype;
+};
+
+struct SiluMul {
+    const void* gate_up;  // [rows, 2 · size]
+    void* y;
+    int64_t size;
+    int32_t dtype;
+};
+
+struct WriteCache {
+    const char* x;
+    int64_t row_stride, row_bytes;
+    char* cache;
+};
+
 }  // namespace onebase
 
-// y[rows, size] = x / √(mean(x²) + eps) · weight, all contiguous.
-ONEBASE_EXPORT void onebase_rms_norm(
-    const void* x, const void* weight, void* y, int64_t rows, int64_t size, float eps, int32_t dtype) {
-    onebase::dispatch(dtype, [&]<class T>() {
-        onebase::for_rows(rows, size, [&](int64_t row) {
-            onebase::rms_norm(static_cast<const T*>(x) + row * size, static_cast<const T*>(weight),
-                              static_cast<T*>(y) + row * size, size, eps);
+ONEBASE_EXPORT void onebase_embed(const onebase::Embed* call, const onebase::Step* step) {
+    for (int64_t row = 0; row < step->rows; row++)
+        std::memcpy(call->y + row * call->row_bytes, call->table + step->token_ids[row] * call->row_bytes,
+                    call->row_bytes);
+}
+
+ONEBASE_EXPORT void onebase_rms_norm(const onebase::RmsNorm* call, const onebase::Step* step) {
+    onebase::dispatch(call->dtype, [&]<class T>() {
+        const int64_t width = call->heads * call->size;
+        onebase::for_rows(step->rows, width, [&](int64_t row) {
+            T* x = static_cast<T*>(call->x) + row * call->x_stride;
+            if (call->delta) onebase::add(x, static_cast<const T*>(call->delta) + row * width, width);
+            for (int64_t first = 0; first < width; first += call->size)
+                onebase::normalize(x + first, static_cast<const T*>(call->weight),
+                                   static_cast<T*>(call->y) + row * width + first, call->size, call->eps);
         });
     });
 }
 
-// Rotates `heads` heads of each token in place; a token's heads are contiguous, tokens lie token_stride numbers apart.
-ONEBASE_EXPORT void onebase_rope(
-    void* x, int64_t tokens, int64_t token_stride, int64_t heads, int64_t head_size, const float* cos,
-    const float* sin, int32_t dtype) {
-    onebase::dispatch(dtype, [&]<class T>() {
-        const int64_t half = head_size / 2;
-        onebase::for_rows(tokens, heads * head_size, [&](int64_t token) {
-            for (int64_t head = 0; head < heads; head++)
-                onebase::rotate(static_cast<T*>(x) + token * token_stride + head * head_size, cos + token * half,
-                                sin + token * half, half);
+ONEBASE_EXPORT void onebase_rope(const onebase::Rope* call, const onebase::Step* step) {
+    onebase::dispatch(call->dtype, [&]<class T>() {
+        const int64_t half = call->head_size / 2;
+        onebase::for_rows(step->rows, call->heads * call->head_size, [&](int64_t row) {
+            const int64_t angles = step->positions[row] * half;
+            for (int64_t head = 0; head < call->heads; head++)
+                onebase::rotate(static_cast<T*>(call->x) + row * call->x_stride + head * call->head_size,
+                                call->cos + angles, call->sin + angles, half);
         });
     });
 }
 
-// y[rows, size] = silu(gate) · up, of gate_up[rows, 2 · size].
-ONEBASE_EXPORT void onebase_silu_mul(const void* gate_up, void* y, int64_t rows, int64_t size, int32_t dtype) {
-    onebase::dispatch(dtype, [&]<class T>() {
-        onebase::for_rows(rows, 4 * size, [&](int64_t row) {
-            const T* gate = static_cast<const T*>(gate_up) + row * 2 * size;
-            onebase::silu_mul(gate, gate + size, static_cast<T*>(y) + row * size, size);
+ONEBASE_EXPORT void onebase_silu_mul(const onebase::SiluMul* call, const onebase::Step* step) {
+    onebase::dispatch(call->dtype, [&]<class T>() {
+        const int64_t size = call->size;
+        onebase::for_rows(step->rows, 4 * size, [&](int64_t row) {
+            const T* gate = static_cast<const T*>(call->gate_up) + row * 2 * size;
+            onebase::silu_mul(gate, gate + size, static_cast<T*>(call->y) + row * size, size);
         });
     });
 }
 
-// Copies each token's heads (contiguous, tokens token_stride bytes apart) to its slot of a cache.
-ONEBASE_EXPORT void onebase_write_cache(
-    const char* x, int64_t tokens, int64_t token_stride, int64_t token_bytes, const int64_t* slots, char* cache) {
-    for (int64_t token = 0; token < tokens; token++)
-        std::memcpy(cache + slots[token] * token_bytes, x + token * token_stride, token_bytes);
+// Copies each row's heads (contiguous, rows row_stride bytes apart) to its slot of a cache.
+ONEBASE_EXPORT void onebase_write_cache(const onebase::WriteCache* call, const onebase::Step* step) {
+    for (int64_t row = 0; row < step->rows; row++)
+        std::memcpy(call->cache + step->slot_mapping[row] * call->row_bytes, call->x + row * call->row_stride,
+                    call->row_bytes);
 }

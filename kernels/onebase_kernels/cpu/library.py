@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-import torch
-
 from onebase_kernels.cpu.build import VARIANTS, library_path
+from onebase_kernels.cpu.calls import CALLS, Code, Int, Pointer
 
 _CPU_FLAGS: Mapping[str, frozenset[str]] = {
     "amx": frozenset({"amx_tile", "amx_bf16", "avx512_bf16", "avx512bw", "avx512vl", "avx512dq"}),
@@ -18,75 +17,6 @@ _CPU_FLAGS: Mapping[str, frozenset[str]] = {
     "portable": frozenset(),
 }
 """What /proc/cpuinfo must list for each variant."""
-
-FLOAT32, BFLOAT16 = 0, 1
-"""Element types in the C interface; simd.h has the same numbers."""
-DTYPES: Mapping[torch.dtype, int] = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
-
-Pointer = ctypes.c_void_p
-Int = ctypes.c_int64
-Code = ctypes.c_int32
-Float = ctypes.c_float
-
-
-class CNf4Slice(ctypes.Structure):
-    """nf4_linear.cpp: one weight of a group."""
-
-    _fields_ = (("nested_absmax", Pointer), ("offset", Float), ("num_outputs", Int))
-
-
-class CNf4Group(ctypes.Structure):
-    """nf4_linear.cpp: the weights of a projection group, packed."""
-
-    _fields_ = (
-        ("codes", Pointer),
-        ("scales", Pointer),
-        ("quant_map", Pointer),
-        ("slices", Pointer),
-        ("num_outputs", Int),
-        ("num_inputs", Int),
-    )
-
-
-class CAttention(ctypes.Structure):
-    """attention.cpp: everything of one call."""
-
-    _fields_ = (
-        ("q", Pointer),
-        ("out", Pointer),
-        ("k_cache", Pointer),
-        ("v_cache", Pointer),
-        ("q_stride", Int),
-        ("query_starts", Pointer),
-        ("context_lens", Pointer),
-        ("block_tables", Pointer),
-        ("num_requests", Int),
-        ("table_width", Int),
-        ("block_size", Int),
-        ("heads", Int),
-        ("kv_heads", Int),
-        ("head_size", Int),
-        ("window", Int),
-        ("scale", Float),
-    )
-
-
-_SIGNATURES: Mapping[str, tuple[object, ...]] = {
-    "onebase_nf4_linear": (Pointer, Pointer, Int, Pointer, Code),
-    "onebase_add_lora": (*[Pointer] * 5, Int, Int, Int, Pointer, Int, Code),
-    "onebase_attention": (Pointer, Code),
-    "onebase_rms_norm": (Pointer, Pointer, Pointer, Int, Int, Float, Code),
-    "onebase_rope": (Pointer, Int, Int, Int, Int, Pointer, Pointer, Code),
-    "onebase_silu_mul": (Pointer, Pointer, Int, Int, Code),
-    "onebase_dense_linear": (Pointer, Int, Pointer, Int, Int, Pointer),
-    "onebase_set_threads": (Int,),
-    "onebase_write_cache": (Pointer, Int, Int, Int, Pointer, Pointer),
-}
-
-
-_TELL_WHETHER_CARRIED = {"onebase_dense_linear", "onebase_attention"}
-"""Functions that return false, and do nothing, for shapes that they do not carry."""
-
 
 class LibraryUnavailable(Exception):
     """No variant can run here; the text says why."""
@@ -125,10 +55,17 @@ def why_not(variant: str) -> str | None:
 
 def _open(variant: str) -> ctypes.CDLL:
     library = ctypes.CDLL(str(library_path(variant)))
-    for function, arguments in _SIGNATURES.items():
-        getattr(library, function).argtypes = arguments
-        getattr(library, function).restype = Code if function in _TELL_WHETHER_CARRIED else None
+    for call in CALLS:
+        _declare(library, call.op, Pointer, Pointer)
+    _declare(library, "onebase_run_program", Pointer, Int, Pointer)
+    _declare(library, "onebase_set_threads", Int)
+    library.onebase_start.restype = library.onebase_has_dense_linear.restype = Code
     return library
+
+
+def _declare(library: ctypes.CDLL, function: str, *arguments: object) -> None:
+    getattr(library, function).argtypes = arguments
+    getattr(library, function).restype = None
 
 
 @cache

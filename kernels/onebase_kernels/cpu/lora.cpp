@@ -8,13 +8,19 @@
 
 #include "parallel.h"
 #include "simd.h"
+#include "step.h"
 
 namespace onebase {
 
 constexpr int64_t TABLE_COLUMNS = 4;  // of a row of the table: offset in the arena, ranks of up to three slices
 
-struct Segment {
-    int64_t slot, start, stop;  // rows start to stop - 1 of x and y
+struct AddLora {
+    void* y;        // [rows, num_outputs], to be added to
+    const void* x;  // [rows, num_inputs]
+    const int64_t* widths;  // [num_slices], together num_outputs
+    int64_t num_slices, num_inputs, num_outputs;
+    int64_t place;  // of this projection group in the adapters' table
+    int32_t dtype;
 };
 
 namespace {
@@ -193,12 +199,13 @@ void add_lora(const Group<T>& group, const Segment* segments, int64_t num_segmen
 }  // namespace onebase
 
 // The contract of add_lora_ in reference.py; all matrices of `dtype`, contiguous.
-ONEBASE_EXPORT void onebase_add_lora(
-    void* y, const void* x, const void* arena, const int64_t* table, const int64_t* widths, int64_t num_slices,
-    int64_t num_inputs, int64_t num_outputs, const onebase::Segment* segments, int64_t num_segments, int32_t dtype) {
-    onebase::dispatch(dtype, [&]<class T>() {
-        const onebase::Group<T> group{static_cast<const T*>(x), static_cast<T*>(y), static_cast<const T*>(arena),
-                                      table, widths, num_slices, num_inputs, num_outputs};
-        onebase::add_lora(group, segments, num_segments);
+ONEBASE_EXPORT void onebase_add_lora(const onebase::AddLora* call, const onebase::Step* step) {
+    if (step->num_segments == 0) return;
+    onebase::dispatch(call->dtype, [&]<class T>() {
+        const onebase::Group<T> group{
+            static_cast<const T*>(call->x), static_cast<T*>(call->y), static_cast<const T*>(step->arena),
+            step->adapter_table + call->place * step->slots * onebase::TABLE_COLUMNS, call->widths, call->num_slices,
+            call->num_inputs, call->num_outputs};
+        onebase::add_lora(group, step->segments, step->num_segments);
     });
 }

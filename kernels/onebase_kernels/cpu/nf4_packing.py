@@ -1,4 +1,4 @@
-"""NF4 weights in the order in which the C++ kernel reads them; `nf4_linear.cpp` describes it."""
+"""NF4 weights in the order in which the C++ kernel reads them; `nf4_weight.h` describes it."""
 
 import ctypes
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from onebase_kernels.cpu.library import CNf4Group, CNf4Slice
+from onebase_kernels.cpu.calls import Nf4Group, Nf4Slice
 from onebase_kernels.nf4 import BLOCK_SIZE, Nf4Weight
 
 OUTPUTS = 16
@@ -26,7 +26,7 @@ class TiledNf4:
     widths: tuple[int, ...]
     """Outputs of each weight."""
     in_features: int
-    group: CNf4Group
+    group: Nf4Group
     """What C++ gets: addresses of the tensors here and of those in `kept`."""
     kept: tuple[object, ...]
     """What `group` points to besides: nested scales and the slices themselves."""
@@ -72,10 +72,10 @@ def pack(weights: Sequence[Nf4Weight]) -> TiledNf4:
     tables = [scale.absmax.contiguous() for scale in nested]
     offsets = [float(scale.offset) for scale in nested] or [0.0] * len(weights)
     quant_map = nested[0].quant_map.contiguous() if nested else None
-    slices = (CNf4Slice * len(weights))(
-        *(CNf4Slice(tables[i].data_ptr() if tables else None, offsets[i], width) for i, width in enumerate(widths))
+    slices = (Nf4Slice * len(weights))(
+        *(Nf4Slice(tables[i].data_ptr() if tables else None, offsets[i], width) for i, width in enumerate(widths))
     )
-    group = CNf4Group(
+    group = Nf4Group(
         codes=codes.data_ptr(),
         scales=scales.data_ptr(),
         quant_map=quant_map.data_ptr() if quant_map is not None else None,
@@ -89,9 +89,9 @@ def pack(weights: Sequence[Nf4Weight]) -> TiledNf4:
 def _pack_codes(weight: Nf4Weight) -> Tensor:
     n, k = weight.shape
     nibbles = torch.stack((weight.codes >> 4, weight.codes & 0xF), dim=-1)
-    # [N / 16, half, output, K / 64, inputs / 16, q, parity] -> lanes are (output, parity), nibbles within them q
-    tiles = nibbles.view(n // OUTPUTS, 2, OUTPUTS // 2, k // BLOCK_SIZE, 4, 8, 2).permute(0, 3, 4, 1, 2, 6, 5)
-    low, high = tiles.reshape(-1, 2).unbind(-1)
+    # [N / 16, output, K / 8, pair, parity] -> 16-bit words are (output, parity), nibbles within them pairs
+    rows = nibbles.view(n // OUTPUTS, OUTPUTS, k // 8, 4, 2).permute(0, 2, 1, 4, 3)
+    low, high = rows.reshape(-1, 2).unbind(-1)
     return low | (high << 4)
 
 

@@ -64,7 +64,7 @@ class Engine:
             max_model_len=self.max_model_len,
         )
         kv_cache = allocate_kv_cache(decoder.config, num_blocks, settings.block_size, decoder.dtype, decoder.device)
-        self.runner = Runner(decoder, kv_cache, self.adapter_pool, settings.block_size)
+        self.runner = Runner(decoder, kv_cache, self.adapter_pool, settings.max_num_batched_tokens)
         self._attaching: dict[str, PendingAttach] = {}
 
     @property

@@ -8,7 +8,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from onebase_kernels import AttentionBatch, Segment
+import onebase_kernels as kernels
+from onebase_kernels import AttentionBatch, LoraBatch, Segment, StepInputs
 from onebase_server.engine.adapter_pool import AdapterPool
 from onebase_server.engine.request import Logprob
 from onebase_server.engine.sampler import chosen_logprobs, sample
@@ -16,32 +17,31 @@ from onebase_server.engine.scheduler import Batch, Sampled, ScheduledSequence
 from onebase_server.engine.sequence import NO_SLOT
 from onebase_server.model.decoder import Decoder
 from onebase_server.model.kv_cache import KvCache
-from onebase_server.model.linear import LoraBatch
 
 
 class Runner:
     """Executes batches on one decoder, one KV cache and one pool of adapters."""
 
-    def __init__(self, decoder: Decoder, kv_cache: KvCache, adapter_pool: AdapterPool, block_size: int) -> None:
+    def __init__(self, decoder: Decoder, kv_cache: KvCache, adapter_pool: AdapterPool, max_num_tokens: int) -> None:
+        """`max_num_tokens` are the most of a step."""
         self.decoder = decoder
-        self.kv_cache = kv_cache
         self.adapter_pool = adapter_pool
-        self.block_size = block_size
+        self.block_size = kv_cache.block_size
         self.device = adapter_pool.arena.device
+        self._forward = kernels.record(lambda inputs: decoder.forward(inputs, kv_cache), max_num_tokens)
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> list[Sampled]:
         """Compute the batch's tokens and choose the next one of each sequence whose known tokens are through."""
         if not batch:
             return []
-        hidden = self.decoder.forward(
-            self._tensor([token for e in batch.scheduled for token in e.sequence.token_ids[e.start : e.stop]]),
-            self._tensor([position for e in batch.scheduled for position in range(e.start, e.stop)]),
-            self.kv_cache,
-            self._attention(batch),
-            self._lora(batch),
+        inputs = StepInputs(
+            token_ids=self._tensor([t for e in batch.scheduled for t in e.sequence.token_ids[e.start : e.stop]]),
+            positions=self._tensor([position for e in batch.scheduled for position in range(e.start, e.stop)]),
+            attention=self._attention(batch),
+            lora=self._lora(batch),
         )
-        return self._collect(batch, hidden)
+        return self._collect(batch, self._forward(inputs))
 
     def _tensor(self, values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
@@ -64,7 +64,7 @@ class Runner:
             slot_mapping=self._tensor(slot_mapping),
         )
 
-    def _lora(self, batch: Batch) -> LoraBatch | None:
+    def _lora(self, batch: Batch) -> LoraBatch:
         """One segment for each run of tokens with the same adapter; the batch is ordered by slot."""
         segments: list[Segment] = []
         start = 0
@@ -76,9 +76,8 @@ class Runner:
                 else:
                     segments.append(Segment(slot, start, stop))
             start = stop
-        if not segments:
-            return None
-        return LoraBatch(arena=self.adapter_pool.arena, table=self.adapter_pool.table, segments=tuple(segments))
+        pool = self.adapter_pool
+        return LoraBatch(arena=pool.arena, table=pool.table.flatten(0, 1), segments=tuple(segments))
 
     def _collect(self, batch: Batch, hidden: Tensor) -> list[Sampled]:
         """Logits only where they are needed: each sampling sequence's last row, every row for prompt logprobs."""

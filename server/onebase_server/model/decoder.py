@@ -5,14 +5,12 @@ It knows no requests, no scheduler and no files: `weights.py` fills it, `engine/
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import onebase_kernels as kernels
-from onebase_kernels import AttentionBatch
+from onebase_kernels import LoraBatch, StepInputs
 from onebase_server.model.config import ModelConfig
 from onebase_server.model.decoder_weights import DecoderWeights, LayerWeights
 from onebase_server.model.kv_cache import KvCache
-from onebase_server.model.linear import LoraBatch
 from onebase_server.model.rope import RotaryTable
 
 
@@ -41,56 +39,42 @@ class Decoder:
         return self.weights.report().total_bytes
 
     @torch.inference_mode()
-    def forward(
-        self,
-        token_ids: Tensor,
-        positions: Tensor,
-        kv_cache: KvCache,
-        attention: AttentionBatch,
-        lora: LoraBatch | None = None,
-    ) -> Tensor:
-        """Hidden states [T, hidden] after the last norm, of tokens [T] at `positions` [T]; their KV is written.
+    def forward(self, inputs: StepInputs, kv_cache: KvCache) -> Tensor:
+        """Hidden states [T, hidden] after the last norm, of the step's tokens [T]; their KV is written.
 
-        Positions must be below `max_model_len`; tokens of a request must be consecutive and lie in the order of
-        `attention`.
+        Positions must be below `max_model_len`; tokens of a request must be consecutive. Nothing but ops computes here,
+        so that a back end can record the whole (`onebase_kernels.record`).
         """
-        hidden = F.embedding(token_ids, self.weights.embedding)
-        rotation = self.rotary.rows(positions)
         eps = self.config.rms_norm_eps
-        for index, layer in enumerate(self.weights.layers):
-            hidden = hidden + self._attend(
-                kernels.rms_norm(hidden, layer.input_norm, eps), index, rotation, kv_cache, attention, lora
-            )
-            hidden = hidden + self._mlp(kernels.rms_norm(hidden, layer.post_attention_norm, eps), layer, lora)
-        return kernels.rms_norm(hidden, self.weights.norm, eps)
+        layers = self.weights.layers
+        hidden = kernels.embed(inputs.token_ids, self.weights.embedding)
+        normed = kernels.rms_norm(hidden, layers[0].input_norm, eps)
+        for index, layer in enumerate(layers):
+            attended = self._attend(normed, index, inputs, kv_cache)
+            normed = kernels.add_rms_norm_(hidden, attended, layer.post_attention_norm, eps)
+            next_norm = layers[index + 1].input_norm if index + 1 < len(layers) else self.weights.norm
+            normed = kernels.add_rms_norm_(hidden, self._mlp(normed, layer, inputs.lora), next_norm, eps)
+        return normed
 
     @torch.inference_mode()
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Logits fp32 [R, vocab] of hidden states [R, hidden]."""
         return kernels.head_logits(hidden, self.weights.head)
 
-    def _attend(
-        self,
-        x: Tensor,
-        index: int,
-        rotation: tuple[Tensor, Tensor],
-        kv_cache: KvCache,
-        attention: AttentionBatch,
-        lora: LoraBatch | None,
-    ) -> Tensor:
-        layer, config = self.weights.layers[index], self.config
+    def _attend(self, x: Tensor, index: int, inputs: StepInputs, kv_cache: KvCache) -> Tensor:
+        layer, config, attention = self.weights.layers[index], self.config, inputs.attention
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        qkv = layer.qkv(x, lora).view(x.shape[0], heads + 2 * kv_heads, head_dim)
+        qkv = layer.qkv(x, inputs.lora).view(x.shape[0], heads + 2 * kv_heads, head_dim)
         q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = kernels.rms_norm(q, layer.q_norm, config.rms_norm_eps)
             k = kernels.rms_norm(k, layer.k_norm, config.rms_norm_eps)
-        kernels.apply_rope_(q, k, *rotation)
+        kernels.apply_rope_(q, k, self.rotary.cos, self.rotary.sin, inputs.positions)
         k_cache, v_cache = kv_cache.keys[index], kv_cache.values[index]
-        kernels.write_kv_(k, v, k_cache, v_cache, attention.slot_mapping)
+        kernels.write_kv_(k, v, k_cache, v_cache, attention)
         out = kernels.paged_attention(q, k_cache, v_cache, attention, head_dim**-0.5, config.windows[index])
-        return layer.o(out.reshape(x.shape[0], heads * head_dim), lora)
+        return layer.o(out.view(x.shape[0], heads * head_dim), inputs.lora)
 
     @staticmethod
-    def _mlp(x: Tensor, layer: LayerWeights, lora: LoraBatch | None) -> Tensor:
+    def _mlp(x: Tensor, layer: LayerWeights, lora: LoraBatch) -> Tensor:
         return layer.down(kernels.silu_mul(layer.gate_up(x, lora)), lora)

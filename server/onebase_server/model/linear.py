@@ -6,22 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import onebase_kernels as kernels
-from onebase_kernels import Nf4Weight, PackedNf4, Segment
-
-
-@dataclass(frozen=True)
-class LoraBatch:
-    """Which rows of the step use which adapter, and where the adapters lie; `onebase_kernels.add_lora_` says how."""
-
-    arena: Tensor
-    """[E], in the compute dtype: the numbers of all adapters in device memory."""
-    table: Tensor
-    """int64 [layers, groups, slots, 4]: per layer and projection group, each slot's `(offset, r₀, r₁, r₂)`."""
-    segments: tuple[Segment, ...]
-    """Rows without an adapter are in no segment."""
+from onebase_kernels import LoraBatch, Nf4Weight, PackedNf4
 
 
 class Linear(NamedTuple):
@@ -43,11 +30,11 @@ class LinearGroup:
     """Output features of each projection."""
     bias: Tensor | None
     """[ΣN]."""
-    layer: int
-    group: int
+    place: int
+    """Of this group in the adapters' table."""
 
     @classmethod
-    def build(cls, linears: Sequence[Linear], layer: int, group: int) -> "LinearGroup":
+    def build(cls, linears: Sequence[Linear], place: int) -> "LinearGroup":
         """Put a group's projections side by side; NF4 is packed for the back end that was chosen."""
         weights = [linear.weight for linear in linears]
         quantised = [weight for weight in weights if isinstance(weight, Nf4Weight)]
@@ -59,7 +46,7 @@ class LinearGroup:
         else:
             parts = tuple(kernels.pack_nf4([w]) if isinstance(w, Nf4Weight) else w for w in weights)
         widths = tuple(weight.shape[0] for weight in weights)
-        return cls(parts, widths, _join_biases([linear.bias for linear in linears], widths), layer, group)
+        return cls(parts, widths, _join_biases([linear.bias for linear in linears], widths), place)
 
     @property
     def num_parameters(self) -> int:
@@ -71,19 +58,28 @@ class LinearGroup:
         """Of the weights, scales included."""
         return sum(part.nbytes for part in self.parts)
 
-    def __call__(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
+    def __call__(self, x: Tensor, lora: LoraBatch) -> Tensor:
         """Base and adapters, `x Wᵢᵀ + bᵢ` plus the side paths, the projections side by side: [T, in] → [T, ΣN]."""
-        y = _join([F.linear(x, p) if isinstance(p, Tensor) else kernels.nf4_linear(x, p) for p in self.parts], dim=-1)
-        if self.bias is not None:
-            y += self.bias
-        if lora is not None and lora.segments:
-            kernels.add_lora_(y, x, lora.arena, lora.table[self.layer, self.group], self.widths, lora.segments)
+        y = self._base(x)
+        kernels.add_lora_(y, x, lora, self.place, self.widths)
         return y
 
+    def _base(self, x: Tensor) -> Tensor:
+        if len(self.parts) == 1:
+            return _linear(x, self.parts[0], self.bias)
+        joined = torch.cat([_linear(x, part, None) for part in self.parts], dim=-1)
+        return joined if self.bias is None else joined + self.bias
 
-def _join(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+
+def _linear(x: Tensor, weight: PackedNf4 | Tensor, bias: Tensor | None) -> Tensor:
+    if isinstance(weight, Tensor):
+        return kernels.dense_linear(x, weight, bias)
+    return kernels.nf4_linear(x, weight, bias)
+
+
+def _join(tensors: Sequence[Tensor]) -> Tensor:
     """Concatenate; a single one is itself, not a copy."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim=dim)
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def _join_biases(biases: Sequence[Tensor | None], widths: Sequence[int]) -> Tensor | None:

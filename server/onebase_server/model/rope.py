@@ -27,10 +27,6 @@ class RotaryTable:
         angles = torch.arange(max_model_len, dtype=torch.float32).unsqueeze(1) * frequencies
         return cls((angles.cos() * attention_factor).to(device), (angles.sin() * attention_factor).to(device))
 
-    def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [T, head_dim / 2] of the tokens at `positions` [T]."""
-        return self.cos[positions], self.sin[positions]
-
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, served_context: int) -> tuple[Tensor, float]:
     """Radians per position of each rotated pair, fp32 [head_dim / 2], and the factor that cos and sin are scaled by."""

@@ -117,9 +117,10 @@ class _Loader:
             projection: self._linear(tensors, module, shapes[f"{module}.weight"])
             for projection, module in modules.items()
         }
+        groups = self.config.projection_groups
         qkv, o, gate_up, down = (
-            LinearGroup.build([linears[projection] for projection in group.projections], layer, index)
-            for index, group in enumerate(self.config.projection_groups)
+            LinearGroup.build([linears[projection] for projection in group.projections], layer * len(groups) + index)
+            for index, group in enumerate(groups)
         )
 
         def norm(kind: str) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 
 import onebase_kernels as kernels
 from onebase_adapters.adapter import ModuleKey
-from onebase_kernels import Segment
+from onebase_kernels import LoraBatch, Segment
 from onebase_server.engine.packing import pack_adapter
 from onebase_server.model.config import ModelConfig
 
@@ -34,8 +34,8 @@ def test_the_packed_form_computes_what_the_pairs_say(
         for index, group in enumerate(tiny_config.projection_groups):
             inputs = x[:, : group.in_features]
             y = torch.zeros(5, sum(group.widths))
-            table = packed.table[layer, index].unsqueeze(0)
-            kernels.add_lora_(y, inputs, packed.numbers, table, group.widths, [Segment(0, 0, 5)])
+            lora = LoraBatch(packed.numbers, packed.table[layer, index].view(1, 1, -1), (Segment(0, 0, 5),))
+            kernels.add_lora_(y, inputs, lora, 0, group.widths)
             expected = []
             for projection, width in zip(group.projections, group.widths, strict=True):
                 pair = adapter.pairs.get(ModuleKey(layer, projection))

@@ -71,7 +71,7 @@ def test_cosines_and_sines_of_a_position_are_those_of_transformers() -> None:
     positions = torch.tensor([0, 1, 77, 255])
     cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions.unsqueeze(0))
     table = RotaryTable.build(ModelConfig.from_hf(config.to_dict()).rope, HEAD_DIM, 256, torch.device("cpu"))
-    found_cos, found_sin = table.rows(positions)
+    found_cos, found_sin = table.cos[positions], table.sin[positions]
     assert torch.equal(torch.cat([found_cos, found_cos], dim=-1), cos[0])
     assert torch.equal(torch.cat([found_sin, found_sin], dim=-1), sin[0])
 

@@ -1,0 +1,185 @@
+"""What goes over to C++: the structures of `step.h` and of each op's source, field by field. Nothing is computed here."""
+
+import ctypes
+from collections.abc import Mapping
+
+import torch
+
+FLOAT32, BFLOAT16 = 0, 1
+"""Element types in the C interface; simd.h has the same numbers."""
+DTYPES: Mapping[torch.dtype, int] = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+
+Pointer = ctypes.c_void_p
+Int = ctypes.c_int64
+Code = ctypes.c_int32
+Float = ctypes.c_float
+
+
+class Step(ctypes.Structure):
+    """step.h: what changes from step to step."""
+
+    _fields_ = (
+        ("rows", Int),
+        ("token_ids", Pointer),
+        ("positions", Pointer),
+        ("slot_mapping", Pointer),
+        ("num_requests", Int),
+        ("query_starts", Pointer),
+        ("context_lens", Pointer),
+        ("block_tables", Pointer),
+        ("table_width", Int),
+        ("num_segments", Int),
+        ("segments", Pointer),
+        ("arena", Pointer),
+        ("adapter_table", Pointer),
+        ("slots", Int),
+    )
+
+
+class Nf4Slice(ctypes.Structure):
+    """nf4_weight.h: one weight of a group."""
+
+    _fields_ = (("nested_absmax", Pointer), ("offset", Float), ("num_outputs", Int))
+
+
+class Nf4Group(ctypes.Structure):
+    """nf4_weight.h: the weights of a projection group, packed."""
+
+    _fields_ = (
+        ("codes", Pointer),
+        ("scales", Pointer),
+        ("quant_map", Pointer),
+        ("slices", Pointer),
+        ("num_outputs", Int),
+        ("num_inputs", Int),
+    )
+
+
+class Nf4Linear(ctypes.Structure):
+    """nf4_linear.cpp."""
+
+    op = "onebase_nf4_linear"
+    _fields_ = (
+        ("group", Pointer),
+        ("x", Pointer),
+        ("y", Pointer),
+        ("bias", Pointer),
+        ("x_dtype", Code),
+        ("y_dtype", Code),
+    )
+
+
+class DenseLinear(ctypes.Structure):
+    """dense_linear.cpp."""
+
+    op = "onebase_dense_linear"
+    _fields_ = (
+        ("x", Pointer),
+        ("weight", Pointer),
+        ("bias", Pointer),
+        ("y", Pointer),
+        ("num_outputs", Int),
+        ("num_inputs", Int),
+        ("y_dtype", Code),
+    )
+
+
+class AddLora(ctypes.Structure):
+    """lora.cpp."""
+
+    op = "onebase_add_lora"
+    _fields_ = (
+        ("y", Pointer),
+        ("x", Pointer),
+        ("widths", Pointer),
+        ("num_slices", Int),
+        ("num_inputs", Int),
+        ("num_outputs", Int),
+        ("place", Int),
+        ("dtype", Code),
+    )
+
+
+class Attention(ctypes.Structure):
+    """attention.cpp."""
+
+    op = "onebase_attention"
+    _fields_ = (
+        ("q", Pointer),
+        ("out", Pointer),
+        ("k_cache", Pointer),
+        ("v_cache", Pointer),
+        ("q_stride", Int),
+        ("block_size", Int),
+        ("heads", Int),
+        ("kv_heads", Int),
+        ("head_size", Int),
+        ("window", Int),
+        ("scale", Float),
+        ("dtype", Code),
+    )
+
+
+class Embed(ctypes.Structure):
+    """elementwise.cpp."""
+
+    op = "onebase_embed"
+    _fields_ = (("table", Pointer), ("y", Pointer), ("row_bytes", Int))
+
+
+class RmsNorm(ctypes.Structure):
+    """elementwise.cpp; `delta` may be null."""
+
+    op = "onebase_rms_norm"
+    _fields_ = (
+        ("x", Pointer),
+        ("delta", Pointer),
+        ("weight", Pointer),
+        ("y", Pointer),
+        ("x_stride", Int),
+        ("heads", Int),
+        ("size", Int),
+        ("eps", Float),
+        ("dtype", Code),
+    )
+
+
+class Rope(ctypes.Structure):
+    """elementwise.cpp."""
+
+    op = "onebase_rope"
+    _fields_ = (
+        ("x", Pointer),
+        ("x_stride", Int),
+        ("heads", Int),
+        ("head_size", Int),
+        ("cos", Pointer),
+        ("sin", Pointer),
+        ("dtype", Code),
+    )
+
+
+class SiluMul(ctypes.Structure):
+    """elementwise.cpp."""
+
+    op = "onebase_silu_mul"
+    _fields_ = (("gate_up", Pointer), ("y", Pointer), ("size", Int), ("dtype", Code))
+
+
+class WriteCache(ctypes.Structure):
+    """elementwise.cpp; strides and sizes are bytes."""
+
+    op = "onebase_write_cache"
+    _fields_ = (("x", Pointer), ("row_stride", Int), ("row_bytes", Int), ("cache", Pointer))
+
+
+Call = Nf4Linear | DenseLinear | AddLora | Attention | Embed | RmsNorm | Rope | SiluMul | WriteCache
+"""An op with its operands; `op` names the function that runs it."""
+
+CALLS = (Nf4Linear, DenseLinear, AddLora, Attention, Embed, RmsNorm, Rope, SiluMul, WriteCache)
+
+
+class Op(ctypes.Structure):
+    """program.cpp: one op of a program."""
+
+    _fields_ = (("run", Pointer), ("call", Pointer))
