@@ -47,12 +47,16 @@ class OpenAiDialect:
 
 
 class LlamaCppDialect:
-    """llama.cpp's server: adapters have numbers, and a request lists those it wants; an empty list is the base."""
+    """llama.cpp's server: adapters have numbers, and a request lists those it wants.
+
+    An empty list means all that the server was started with; beside one that is listed, all others are off. So the base
+    is asked for by listing an adapter with scale 0.
+    """
 
     def select(self, model: str, adapter: str | None, *, is_prefix_shared: bool) -> dict[str, Any]:
         """`{"lora": [{"id": …, "scale": 1}], …}`; a slot's old prompt is reused only where prompts share a prefix."""
-        lora = [] if adapter is None else [{"id": int(adapter), "scale": 1.0}]
-        return {"model": model, "lora": lora, "cache_prompt": is_prefix_shared}
+        lora = {"id": 0, "scale": 0.0} if adapter is None else {"id": int(adapter), "scale": 1.0}
+        return {"model": model, "lora": [lora], "cache_prompt": is_prefix_shared}
 
     def discover(self, client: httpx.Client) -> Served:
         """The one model, and the numbers of the adapters it was started with."""

@@ -37,56 +37,72 @@ class Measurement:
     """Of all runs, for the plots."""
 
 
+class LoadRunner:
+    """A load on a server, run by run; whoever holds several may let their runs alternate."""
+
+    def __init__(self, target: Target, load: Load, adapters: Sequence[str], on_answer: Callable[[], None]) -> None:
+        """Raises ConfigurationError if `target.pid` is no process here; `on_answer` is called for each answer."""
+        self._target, self._load, self._adapters, self._on_answer = target, load, adapters, on_answer
+        self._client = CompletionClient(target.url, target.api_key)
+        self._watch = MemoryWatch(target.pid) if target.pid else None
+        self._records: list[RunRecord] = []
+
+    def warm_up(self) -> None:
+        """Send the warm-up's requests; raises ConfigurationError if there are some and not one was answered."""
+        if self._load.warm_up:
+            summarise(asyncio.run(self._drive(plan_warm_up(self._load, self._target.prompts))))
+
+    def run(self, number: int) -> None:
+        """Send the requests of the run of this number, counted from 1; no two runs share a prompt."""
+        self._records.append(asyncio.run(self._drive_watched(plan_run(self._load, self._target.prompts, number))))
+
+    def measurement(self) -> Measurement:
+        """What the runs so far measured; raises ConfigurationError if in one of them not one request was answered."""
+        runs = tuple(map(summarise, self._records))
+        answers = [answer for record in self._records for answer in record.answers]
+        return Measurement(
+            load=self._load,
+            runs=runs,
+            median=median_of(runs),
+            memory=self._watch.peak if self._watch else None,
+            notes=tuple(notes_on(self._load, runs, answers)),
+            answers=answers,
+        )
+
+    async def _drive_watched(self, plan: Sequence[PlannedRequest]) -> RunRecord:
+        watching: AbstractAsyncContextManager[None] = self._watch.watching() if self._watch else nullcontext()
+        async with watching:
+            return await self._drive(plan)
+
+    async def _drive(self, plan: Sequence[PlannedRequest]) -> RunRecord:
+        requests = [TimedRequest(planned.at_seconds, self._encode(planned)) for planned in plan]
+        return await drive(self._client, requests, concurrency=self._load.concurrency, on_answer=self._on_answer)
+
+    def _encode(self, planned: PlannedRequest) -> bytes:
+        return self._client.encode(
+            completion_body(
+                self._target.dialect,
+                self._target.model,
+                None if planned.adapter is None else self._adapters[planned.adapter],
+                planned.prompt,
+                output_tokens=planned.output_tokens,
+                ignore_eos=self._load.ignore_eos,
+                is_prefix_shared=self._load.shared_prefix > 0,
+            )
+        )
+
+
 def measure(target: Target, load: Load, adapters: Sequence[str], on_answer: Callable[[], None]) -> Measurement:
     """Warm up, then run the load `load.runs` times; `on_answer` is called for each answer of either.
 
     Raises:
         ConfigurationError: not one request of the warm-up or of a run was answered.
     """
-    return asyncio.run(_measure(target, load, adapters, on_answer))
-
-
-async def _measure(target: Target, load: Load, adapters: Sequence[str], on_answer: Callable[[], None]) -> Measurement:
-    client = CompletionClient(target.url, target.api_key)
-
-    async def run(plan: Sequence[PlannedRequest]) -> RunRecord:
-        requests = [
-            TimedRequest(planned.at_seconds, _encode(client, target, load, adapters, planned)) for planned in plan
-        ]
-        return await drive(client, requests, concurrency=load.concurrency, on_answer=on_answer)
-
-    if load.warm_up:
-        summarise(await run(plan_warm_up(load, target.prompts)))
-    watch = MemoryWatch(target.pid) if target.pid else None
-    watching: AbstractAsyncContextManager[None] = watch.watching() if watch else nullcontext()
-    async with watching:
-        records = [await run(plan_run(load, target.prompts, number)) for number in range(1, load.runs + 1)]
-    runs = tuple(map(summarise, records))
-    answers = [answer for record in records for answer in record.answers]
-    return Measurement(
-        load=load,
-        runs=runs,
-        median=median_of(runs),
-        memory=watch.peak if watch else None,
-        notes=tuple(notes_on(load, runs, answers)),
-        answers=answers,
-    )
-
-
-def _encode(
-    client: CompletionClient, target: Target, load: Load, adapters: Sequence[str], planned: PlannedRequest
-) -> bytes:
-    return client.encode(
-        completion_body(
-            target.dialect,
-            target.model,
-            None if planned.adapter is None else adapters[planned.adapter],
-            planned.prompt,
-            output_tokens=planned.output_tokens,
-            ignore_eos=load.ignore_eos,
-            is_prefix_shared=load.shared_prefix > 0,
-        )
-    )
+    runner = LoadRunner(target, load, adapters, on_answer)
+    runner.warm_up()
+    for number in range(1, load.runs + 1):
+        runner.run(number)
+    return runner.measurement()
 
 
 def notes_on(load: Load, runs: Sequence[RunSummary], answers: Sequence[Answer]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from onebase_server.errors import ConfigurationError
+from onebase_server.bench.processes import find_process, process_tree
 
 WATCH_SECONDS = 3.0
 MAX_COMMAND_LENGTH = 160
@@ -48,12 +48,7 @@ class MemoryWatch:
     """Looks at a process tree every few seconds and keeps the moment at which it was largest."""
 
     def __init__(self, pid: int) -> None:
-        try:
-            self._root = psutil.Process(pid)
-        except psutil.NoSuchProcess as error:
-            raise ConfigurationError(
-                f"There is no process {pid} on this machine, so its memory cannot be seen."
-            ) from error
+        self._root = find_process(pid)
         self.peak = TreeMemory()
 
     @contextlib.asynccontextmanager
@@ -81,10 +76,9 @@ class MemoryWatch:
 def measure_tree(root: psutil.Process) -> TreeMemory:
     """What a process and its descendants hold now; those that end meanwhile hold nothing."""
     processes = []
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for process in (root, *root.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                processes.append(_measure(process))
+    for process in process_tree(root):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            processes.append(_measure(process))
     return TreeMemory(tuple(processes))
 
 

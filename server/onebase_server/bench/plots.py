@@ -1,16 +1,21 @@
 """Measurements as PNG plots, by matplotlib."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
+from onebase_server.bench.comparison import LoadComparison
 from onebase_server.bench.measure import Measurement
 from onebase_server.bench.scale import Series
 from onebase_server.bench.summary import inter_token_seconds
 
 DOTS_PER_INCH = 120
+
+Array = NDArray[np.float64]
 
 
 def plot_latencies(path: Path, measurement: Measurement) -> None:
@@ -47,12 +52,37 @@ def plot_series(path: Path, series: Series) -> None:
     figure.savefig(path, dpi=DOTS_PER_INCH)
 
 
+def plot_comparison(path: Path, comparisons: Sequence[LoadComparison]) -> None:
+    """Throughput: a group of bars for each load, a colour for each server, thin bars for the range over the runs."""
+    servers = list(dict.fromkeys(name for comparison in comparisons for name in comparison.measurements))
+    width = 0.8 / max(len(servers), 1)
+    figure = Figure(figsize=(max(6, 0.6 * len(servers) * len(comparisons)), 4), layout="constrained")
+    axes = figure.subplots()
+    for number, server in enumerate(servers):
+        measured = {i: c.measurements[server] for i, c in enumerate(comparisons) if server in c.measurements}
+        medians, below, above = _throughput_ranges(list(measured.values()))
+        places = np.array(list(measured)) + (number - (len(servers) - 1) / 2) * width
+        bars = axes.bar(places, medians, width, yerr=(below, above), capsize=2, label=server)
+        axes.bar_label(bars, fmt="%.0f", fontsize="small")
+    axes.set_xticks(range(len(comparisons)), labels=[comparison.name for comparison in comparisons])
+    axes.set(xlabel="load (streams : adapters)", ylabel="output tokens/s")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
 def _plot_throughput(axes: Axes, series: Series) -> None:
-    medians = np.array([m.median.output_tokens_per_second for m in series.measurements])
-    lowest = np.array([min(run.output_tokens_per_second for run in m.runs) for m in series.measurements])
-    highest = np.array([max(run.output_tokens_per_second for run in m.runs) for m in series.measurements])
-    axes.errorbar(series.values, medians, yerr=(medians - lowest, highest - medians), marker="o", capsize=3)
+    medians, below, above = _throughput_ranges(series.measurements)
+    axes.errorbar(series.values, medians, yerr=(below, above), marker="o", capsize=3)
     axes.set_ylabel("output tokens/s")
+
+
+def _throughput_ranges(measurements: Sequence[Measurement]) -> tuple[Array, Array, Array]:
+    """Medians of output tokens/s, and how far the lowest run is below and the highest above."""
+    medians = np.array([m.median.output_tokens_per_second for m in measurements])
+    lowest = np.array([min(run.output_tokens_per_second for run in m.runs) for m in measurements])
+    highest = np.array([max(run.output_tokens_per_second for run in m.runs) for m in measurements])
+    return medians, medians - lowest, highest - medians
 
 
 def _plot_p99(axes: Axes, series: Series) -> None:

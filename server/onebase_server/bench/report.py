@@ -1,7 +1,7 @@
 """Measurements as a table for the terminal and as JSON for whoever compares them later."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from onebase_server.bench.comparison import LoadComparison
 from onebase_server.bench.machine import Machine, describe_versions
 from onebase_server.bench.measure import Measurement
 from onebase_server.bench.memory import TreeMemory
@@ -82,14 +83,13 @@ def describe_measurement(measurement: Measurement) -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, machine: Machine, target: Target, results: dict[str, Any]) -> None:
-    """Write results with what they were measured on."""
+def write_json(path: Path, machine: Machine, results: dict[str, Any]) -> None:
+    """Write results with the machine they were measured on; a file of that name is replaced."""
     document = {
         "format": FORMAT,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": asdict(machine),
         "versions": describe_versions(),
-        "server": describe_target(target),
         **results,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +120,56 @@ def describe_series(series: Series) -> dict[str, Any]:
     """All figures of a series, in the order of its values."""
     points = zip(series.values, series.measurements, strict=True)
     return {"varied": series.varied, "points": [{"value": v, **describe_measurement(m)} for v, m in points]}
+
+
+def comparison_table(comparisons: Sequence[LoadComparison]) -> Table:
+    """A line for each server under each load, and one for the ratio to the best of the others."""
+    reference = comparisons[0].reference
+    table = Table(title="Medians; times in milliseconds", title_justify="left")
+    for name in ("load", "server"):
+        table.add_column(name)
+    speeds = ("tokens/s", "lowest", "highest", f"{reference} is")
+    for name in (*speeds, "TTFT p50", "ITL p50", "PSS MiB"):
+        table.add_column(name, justify="right")
+    for comparison in comparisons:
+        table.add_section()
+        for name, measurement in comparison.measurements.items():
+            table.add_row(comparison.name, name, *_comparison_cells(measurement, comparison.ratios.get(name)))
+        best = comparison.best_other
+        if best is not None and len(comparison.ratios) > 1:
+            ratio = _times(comparison.ratios[best])
+            table.add_row(comparison.name, f"best of the others: {best}", "", "", "", ratio)
+    return table
+
+
+def describe_comparison(comparison: LoadComparison) -> dict[str, Any]:
+    """All figures of a load, by server."""
+    servers = {
+        name: {"ratio": comparison.ratios.get(name), **describe_measurement(measurement)}
+        for name, measurement in comparison.measurements.items()
+    }
+    return {
+        "name": comparison.name,
+        "reference": comparison.reference,
+        "best_other": comparison.best_other,
+        "servers": servers,
+        "left_out": comparison.left_out,
+        "idle_notes": comparison.idle_notes,
+    }
+
+
+def _comparison_cells(measurement: Measurement, ratio: float | None) -> Iterator[str]:
+    median, memory = measurement.median, measurement.memory
+    speeds = [run.output_tokens_per_second for run in measurement.runs]
+    yield from (f"{speed:,.1f}" for speed in (median.output_tokens_per_second, min(speeds), max(speeds)))
+    yield "" if ratio is None else _times(ratio)
+    for percentiles in (median.time_to_first_token, median.inter_token_latency):
+        yield _milliseconds(percentiles.p50) if percentiles else UNKNOWN
+    yield _mebibytes(memory.pss if memory else None)
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}x"
 
 
 def _latencies(summary: RunSummary) -> Iterator[tuple[str, Percentiles]]:

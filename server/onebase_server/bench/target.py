@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from onebase_server.bench.dialects import DIALECTS, Dialect, Served, discover
-from onebase_server.bench.load import Load
+from onebase_server.bench.load import Load, LoadTraits
 from onebase_server.bench.own_server import start_server
 from onebase_server.bench.prompts import Prompts, TextPrompts, TokenIdPrompts
 from onebase_server.bench.server_choice import ServerChoice
@@ -61,7 +61,7 @@ def open_target(choice: ServerChoice, load: Load) -> Iterator[Target]:
         ConfigurationError: it cannot be reached or started, or is not what the load needs.
     """
     if choice.url is not None:
-        yield _running_target(choice, choice.url, load)
+        yield running_target(choice, load)
         return
     base = choice.base if choice.base is not None else _demo_base()
     if not base.is_dir():
@@ -82,8 +82,10 @@ def open_target(choice: ServerChoice, load: Load) -> Iterator[Target]:
         )
 
 
-def _running_target(choice: ServerChoice, url: str, load: Load) -> Target:
-    dialect = DIALECTS[choice.dialect]
+def running_target(choice: ServerChoice, load: LoadTraits) -> Target:
+    """The server at `choice.url`; raises ConfigurationError if it cannot be reached."""
+    assert choice.url is not None
+    url, dialect = choice.url, DIALECTS[choice.dialect]
     served = discover(dialect, url, choice.key)
     return Target(
         url=url,
@@ -96,7 +98,7 @@ def _running_target(choice: ServerChoice, url: str, load: Load) -> Target:
     )
 
 
-def _prompts(load: Load, vocab_size: int, tokenizer: Path | None) -> Prompts:
+def _prompts(load: LoadTraits, vocab_size: int, tokenizer: Path | None) -> Prompts:
     if load.prompt_form == "ids":
         return TokenIdPrompts.of_vocabulary(vocab_size)
     if tokenizer is None:

@@ -1,4 +1,4 @@
-"""`onebase bench` and `onebase bench scale`."""
+"""`onebase bench`, `onebase bench scale` and `onebase bench compare`."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from onebase_server.bench.load import Load, Sweep
-from onebase_server.bench.server_choice import ServerChoice
+from onebase_server.bench.load import ComparedLoads, Load, LoadTraits, Sweep
+from onebase_server.bench.server_choice import ServerChoice, Vocabulary, read_compared_servers
 from onebase_server.commands.model_flags import flag_of, read_flags, with_flags
 from onebase_server.errors import ConfigurationError
 
@@ -20,6 +20,14 @@ EXTRA_PACKAGES = ("matplotlib", "psutil")
 DEFAULT_OUTPUT = Path("bench-results")
 
 OutputOption = Annotated[Path, typer.Option(help="Directory for the JSON and PNG files.", file_okay=False)]
+
+ServerOption = Annotated[
+    list[str],
+    typer.Option(
+        metavar="NAME=URL[,dialect=…][,model=…][,pid=…]",
+        help="A running server, once for each; dialect is openai (also Onebase and vLLM) or llama.cpp.",
+    ),
+]
 
 console = Console(highlight=False)
 
@@ -33,7 +41,7 @@ def bench(context: typer.Context, output: OutputOption = DEFAULT_OUTPUT, **flags
     A key is read from ONEBASE_API_KEY.
     """
     if context.invoked_subcommand is not None:
-        _refuse_misplaced(flags)
+        _refuse_misplaced(flags, context.invoked_subcommand)
         return
     _require_extra()
     from onebase_server.bench import plots, report
@@ -53,7 +61,8 @@ def bench(context: typer.Context, output: OutputOption = DEFAULT_OUTPUT, **flags
         console.print(report.memory_table(measurement.memory))
     _print_notes(measurement.notes)
     path = _new_file(output, "load")
-    report.write_json(path, machine, target, report.describe_measurement(measurement))
+    server = report.describe_target(target)
+    report.write_json(path, machine, {"server": server, **report.describe_measurement(measurement)})
     plots.plot_latencies(path.with_suffix(".png"), measurement)
     console.print(f"Written: {path} and its .png")
 
@@ -84,7 +93,8 @@ def scale(output: OutputOption = DEFAULT_OUTPUT, **flags: Any) -> None:
         if choice.url is None:
             series.append(measure_by_rank(target, load, choice.ranks))
     path = _new_file(output, "scale")
-    report.write_json(path, machine, target, {"series": [report.describe_series(one) for one in series]})
+    results = {"server": report.describe_target(target), "series": [report.describe_series(one) for one in series]}
+    report.write_json(path, machine, results)
     for one in series:
         console.print(report.series_table(one))
         _print_notes(dict.fromkeys(note for measurement in one.measurements for note in measurement.notes))
@@ -92,12 +102,46 @@ def scale(output: OutputOption = DEFAULT_OUTPUT, **flags: Any) -> None:
     console.print(f"Written: {path} and a .png for each table")
 
 
-def _refuse_misplaced(flags: dict[str, Any]) -> None:
+@app.command()
+@with_flags(ComparedLoads, LoadTraits, Vocabulary)
+def compare(server: ServerOption, output: OutputOption = DEFAULT_OUTPUT, **flags: Any) -> None:
+    """Measure running servers under the same loads, a run of each in turn, and the first one's ratio to the others.
+
+    A server that lists fewer adapters than a load asks for is left out of that load. A key is read from ONEBASE_API_KEY
+    and sent to all of them.
+    """
+    _require_extra()
+    from onebase_server.bench import plots, report
+    from onebase_server.bench.comparison import LoadComparison
+    from onebase_server.bench.comparison import compare as compare_servers
+    from onebase_server.bench.machine import describe_machine
+    from onebase_server.bench.target import running_target
+
+    choices = read_compared_servers(server, read_flags(Vocabulary, flags))
+    traits = read_flags(LoadTraits, flags)
+    loads = read_flags(ComparedLoads, flags).with_traits(traits)
+    machine = describe_machine()
+    targets = {name: running_target(choice, traits) for name, choice in choices.items()}
+    servers = {name: report.describe_target(target) for name, target in targets.items()}
+    path = _new_file(output, "compare")
+    comparisons: list[LoadComparison] = []
+    for comparison in compare_servers(targets, loads):
+        comparisons.append(comparison)
+        described = [report.describe_comparison(one) for one in comparisons]
+        # after each load, for it may take an hour, and the next one may be interrupted
+        report.write_json(path, machine, {"servers": servers, "comparisons": described})
+    console.print(report.comparison_table(comparisons))
+    _print_notes([note for one in comparisons for note in one.notes])
+    plots.plot_comparison(path.with_suffix(".png"), comparisons)
+    console.print(f"Written: {path} and its .png")
+
+
+def _refuse_misplaced(flags: dict[str, Any], subcommand: str) -> None:
     """Flags between `bench` and its subcommand would be lost in silence."""
     given = [flag_of(name) for name, value in flags.items() if value is not None]
     if given:
         raise ConfigurationError(
-            f"{', '.join(given)} must stand behind the subcommand: onebase bench scale {given[0]} …"
+            f"{', '.join(given)} must stand behind the subcommand: onebase bench {subcommand} {given[0]} …"
         )
 
 

@@ -21,7 +21,7 @@ SHARED: dict[str, Any] = {
     [
         ("openai", None, {"model": "base"}),
         ("openai", "pirate", {"model": "pirate"}),
-        ("llama.cpp", None, {"model": "base", "lora": [], "cache_prompt": False}),
+        ("llama.cpp", None, {"model": "base", "lora": [{"id": 0, "scale": 0.0}], "cache_prompt": False}),
         ("llama.cpp", "3", {"model": "base", "lora": [{"id": 3, "scale": 1.0}], "cache_prompt": False}),
     ],
 )

@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from onebase_server.bench.load import Load, Sweep
+from onebase_server.bench.load import ComparedLoads, Load, LoadTraits, Sweep
 
 
 def test_without_a_rate_the_loop_is_closed() -> None:
@@ -32,3 +32,17 @@ def test_numbers_are_read_at_commas() -> None:
     assert Sweep.model_validate({"counts": "1,5, 2000"}).counts == (1, 5, 2000)
     with pytest.raises(ValidationError):
         Sweep.model_validate({"counts": "1,-5"})
+
+
+def test_compared_loads_differ_in_streams_and_popularity_only() -> None:
+    compared = ComparedLoads.model_validate({"loads": "16:distinct, 1:none", "requests_per_stream": 3})
+    many, one = compared.with_traits(LoadTraits(prompt_tokens=9, seed=4))
+    assert (many.concurrency, many.popularity, many.requests) == (16, "distinct", 48)
+    assert (one.concurrency, one.popularity, one.requests) == (1, "none", 3)
+    assert (one.prompt_tokens, one.seed) == (many.prompt_tokens, many.seed) == (9, 4)
+
+
+@pytest.mark.parametrize("loads", ["", "16", "16:all", "none:16", "0:none"])
+def test_a_compared_load_is_a_number_and_a_popularity(loads: str) -> None:
+    with pytest.raises(ValidationError):
+        ComparedLoads.model_validate({"loads": loads})

@@ -24,9 +24,15 @@ def results(directory: Path, kind: str) -> dict[str, Any]:
     return document
 
 
+def servers_of(base: Path) -> set[int]:
+    children = psutil.Process().children(recursive=True)
+    return {child.pid for child in children if str(base) in child.cmdline()}
+
+
 def test_it_starts_a_server_measures_it_and_stops_it(
     onebase_bench: Bench, word_base: Path, serve_flags: str, tmp_path: Path
 ) -> None:
+    before = servers_of(word_base)
     result = onebase_bench("--base", word_base, "--serve-flags", serve_flags, "--adapters", 3, "--ranks", "2,4")
     assert result.exit_code == 0, result.output
     written = results(tmp_path, "load")
@@ -40,7 +46,7 @@ def test_it_starts_a_server_measures_it_and_stops_it(
     assert plot.read_bytes().startswith(PNG)
     assert "output tokens/s" in result.output
     assert "client cpu seconds" in result.output
-    assert not [child for child in psutil.Process().children(recursive=True) if str(word_base) in child.cmdline()]
+    assert servers_of(word_base) == before
 
 
 def test_it_measures_a_running_server_and_its_adapters(
