@@ -28,6 +28,10 @@ class LoraBatch:
     """int64 [places, slots, 4]: for each place in the model that adapters change, each slot's `(offset, r₀, r₁, r₂)`."""
     segments: tuple[Segment, ...]
     """In the order of the step; tokens without an adapter are in none."""
+    max_rank: int | None = None
+    """No adapter of the step has more ranks at one place, all slices together; None, and the device has to be asked."""
+    alignment: int = 1
+    """What every offset in the table is a multiple of: a power of two, for rows to be read in whole vectors."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,196 @@
+"""The side path of a projection group: y[rows of a segment] += (x Aᵀ) B for each segment's own adapter.
+
+Two launches serve all segments and slices, whatever their ranks: shrink (x Aᵀ), then expand (· B). Both go by tiles,
+that is a few tokens of one adapter, so that its numbers are read once for all of them. Reading is what this waits for,
+so a shrink's inputs are shared out among programs; the sums of these splits are added in a fixed order by the expand,
+without atomics, and the bits are always the same. Ranks are read on the device only: the grid depends on the number of
+tiles alone. (Punica, arXiv 2310.18547; S-LoRA, arXiv 2311.03285.)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from onebase_kernels.batch import LoraBatch
+
+
+class Tiling(NamedTuple):
+    """How the work of a step is cut."""
+
+    tokens: int
+    """Of a tile, at most."""
+    ranks: int
+    """Taken at a time."""
+    splits: int
+    """Of the inputs among programs of the shrink."""
+    outputs: int
+    """Of a program of the expand."""
+
+
+# A tile of 64 tokens would compile to Hopper's wgmma with an operand in registers, which ptxas before 13.3 may get wrong
+# (triton issue 9433), and gain nothing.
+_FEW_TOKENS = Tiling(tokens=16, ranks=16, splits=8, outputs=256)
+_MANY_TOKENS = Tiling(tokens=32, ranks=32, splits=2, outputs=128)
+
+_RANK_PARTS = 4  # of an adapter's ranks among programs of the shrink, each of which takes every fourth block of them
+_INPUTS = 256  # of a program of the shrink, read at a time
+
+_TILE_COLUMNS = tl.constexpr(3)  # slot, first token, token after the last
+_TABLE_COLUMNS = tl.constexpr(4)  # offset, ranks of up to three slices
+
+
+@triton.jit(do_not_specialize=["num_tokens", "plane_stride"])
+def shrink_kernel(
+    x_ptr,
+    arena_ptr,
+    table_ptr,
+    tiles_ptr,
+    planes_ptr,
+    num_tokens,
+    plane_stride,
+    IN_FEATURES: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    RANK_PARTS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    RANKS: tl.constexpr,
+    INPUTS: tl.constexpr,
+):
+    """`planes[split, token, rank] = Σ x[token, i] · A[rank, i]` over a split's inputs i; grid (tile, split, part)."""
+    PER_SPLIT: tl.constexpr = (IN_FEATURES + SPLITS * INPUTS - 1) // (SPLITS * INPUTS) * INPUTS
+    tile_ptr, split = tiles_ptr + tl.program_id(0) * _TILE_COLUMNS, tl.program_id(1)
+    slot = tl.load(tile_ptr)
+    if slot < 0:
+        return
+    tokens = tl.load(tile_ptr + 1) + tl.arange(0, TOKENS)
+    has_token = (tokens < tl.load(tile_ptr + 2))[:, None]
+    row_ptr = table_ptr + slot * _TABLE_COLUMNS
+    a_ptr = arena_ptr + tl.multiple_of(tl.load(row_ptr), ALIGNMENT)
+    total_rank = (tl.load(row_ptr + 1) + tl.load(row_ptr + 2) + tl.load(row_ptr + 3)).to(tl.int32)
+    x_rows = x_ptr + tokens.to(tl.int64)[:, None] * IN_FEATURES
+    plane_rows = planes_ptr + (split.to(tl.int64) * num_tokens + tokens[:, None]) * plane_stride
+    for first_rank in range(tl.program_id(2) * RANKS, total_rank, RANK_PARTS * RANKS):
+        ranks = first_rank + tl.arange(0, RANKS)
+        has_rank = ranks < total_rank
+        a_rows = a_ptr + ranks[:, None] * IN_FEATURES
+        sums = tl.zeros((TOKENS, RANKS), tl.float32)
+        for first_input in range(split * PER_SPLIT, min((split + 1) * PER_SPLIT, IN_FEATURES), INPUTS):
+            inputs = (first_input + tl.arange(0, INPUTS))[None, :]
+            x = tl.load(x_rows + inputs, mask=has_token & (inputs < IN_FEATURES), other=0.0)
+            a = tl.load(a_rows + inputs, mask=has_rank[:, None] & (inputs < IN_FEATURES), other=0.0)
+            sums = tl.dot(x, tl.trans(a), sums, input_precision="ieee")
+        tl.store(plane_rows + ranks[None, :], sums, mask=has_token & has_rank[None, :])
+
+
+@triton.jit
+def _of_slice(index, first, second, third):
+    return tl.where(index == 2, third, tl.where(index == 1, second, first))
+
+
+@triton.jit(do_not_specialize=["num_tokens", "plane_stride"])
+def expand_kernel(
+    y_ptr,
+    arena_ptr,
+    table_ptr,
+    tiles_ptr,
+    planes_ptr,
+    num_tokens,
+    plane_stride,
+    IN_FEATURES: tl.constexpr,
+    WIDTH_0: tl.constexpr,
+    WIDTH_1: tl.constexpr,
+    WIDTH_2: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    RANKS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    """`y[token, slice] += (Σ planes[·, token, slice's ranks]) · B`; grid (tile, block of the outputs of a slice)."""
+    BLOCKS_0: tl.constexpr = (WIDTH_0 + OUTPUTS - 1) // OUTPUTS
+    BLOCKS_1: tl.constexpr = (WIDTH_1 + OUTPUTS - 1) // OUTPUTS
+    tile_ptr, block = tiles_ptr + tl.program_id(0) * _TILE_COLUMNS, tl.program_id(1)
+    slot = tl.load(tile_ptr)
+    if slot < 0:
+        return
+    row_ptr = table_ptr + slot * _TABLE_COLUMNS
+    rank_0, rank_1, rank_2 = tl.load(row_ptr + 1), tl.load(row_ptr + 2), tl.load(row_ptr + 3)
+    # The slice that the block is of, and what lies before it: ranks in the planes, numbers in B, columns in y.
+    index = (block >= BLOCKS_0).to(tl.int32) + (block >= BLOCKS_0 + BLOCKS_1).to(tl.int32)
+    rank = _of_slice(index, rank_0, rank_1, rank_2).to(tl.int32)
+    if rank == 0:
+        return
+    width = _of_slice(index, WIDTH_0, WIDTH_1, WIDTH_2)
+    first_rank = _of_slice(index, 0, rank_0, rank_0 + rank_1)
+    first_number = _of_slice(index, 0, rank_0 * WIDTH_0, rank_0 * WIDTH_0 + rank_1 * WIDTH_1)
+    first_column = _of_slice(index, 0, WIDTH_0, WIDTH_0 + WIDTH_1)
+    b_ptr = arena_ptr + tl.multiple_of(tl.load(row_ptr), ALIGNMENT) + (rank_0 + rank_1 + rank_2) * IN_FEATURES
+    b_ptr += first_number
+
+    tokens = tl.load(tile_ptr + 1) + tl.arange(0, TOKENS)
+    has_token = (tokens < tl.load(tile_ptr + 2))[:, None]
+    columns = ((block - _of_slice(index, 0, BLOCKS_0, BLOCKS_0 + BLOCKS_1)) * OUTPUTS + tl.arange(0, OUTPUTS))[None, :]
+    has_column = columns < width
+    plane_rows = planes_ptr + tokens.to(tl.int64)[:, None] * plane_stride + first_rank
+    y_rows = y_ptr + tokens.to(tl.int64)[:, None] * (WIDTH_0 + WIDTH_1 + WIDTH_2) + first_column
+    sums = tl.load(y_rows + columns, mask=has_token & has_column, other=0.0).to(tl.float32)
+    for first in range(0, rank, RANKS):
+        ranks = first + tl.arange(0, RANKS)
+        has_rank = ranks < rank
+        shrunk = tl.zeros((TOKENS, RANKS), tl.float32)
+        for split in tl.static_range(SPLITS):
+            plane = plane_rows + split * num_tokens.to(tl.int64) * plane_stride
+            shrunk += tl.load(plane + ranks[None, :], mask=has_token & has_rank[None, :], other=0.0)
+        b = tl.load(b_ptr + ranks[:, None] * width + columns, mask=has_rank[:, None] & has_column, other=0.0)
+        sums = tl.dot(shrunk.to(b.dtype), b, sums, input_precision="ieee")
+    tl.store(y_rows + columns, sums, mask=has_token & has_column)
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """A step's tiles; a captured CUDA graph can be given others by writing to the table."""
+
+    table: Tensor
+    """int32 [tiles, 3]: slot, first token, token after the last. A tile of slot -1 is skipped."""
+    tiling: Tiling
+    max_rank: int
+    """The most ranks that any of the adapters has at one place, in all slices together."""
+
+
+def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequence[int]) -> None:
+    """As `reference.add_lora_`, for matrices without gaps."""
+    if not lora.segments:
+        return
+    tiles = plan(lora)
+    (num_tokens, in_features), (tokens, ranks, splits, outputs) = x.shape, tiles.tiling
+    plane_stride = triton.cdiv(tiles.max_rank, 16) * 16
+    planes = torch.empty(splits, num_tokens, plane_stride, dtype=torch.float32, device=x.device)
+    operands = (lora.arena, lora.table[place], tiles.table, planes, num_tokens, plane_stride, in_features)
+    shrink_kernel[(len(tiles.table), splits, _RANK_PARTS)](
+        *(x, *operands, lora.alignment, splits, _RANK_PARTS, tokens, ranks, _INPUTS)
+    )
+    blocks = sum(triton.cdiv(width, outputs) for width in widths)
+    three_widths = (*widths, 0, 0)[:3]
+    expand_kernel[(len(tiles.table), blocks)](
+        *(y, *operands, *three_widths, lora.alignment, splits, tokens, ranks, outputs), num_stages=1
+    )
+
+
+@lru_cache(maxsize=4)  # all groups of all layers of a step ask the same
+def plan(lora: LoraBatch) -> Tiles:
+    """The tiles of a step that has adapters."""
+    longest = max(segment.stop - segment.start for segment in lora.segments)
+    tiling = _MANY_TOKENS if longest > _FEW_TOKENS.tokens else _FEW_TOKENS
+    rows = [
+        (slot, first, min(first + tiling.tokens, stop))
+        for slot, start, stop in lora.segments
+        for first in range(start, stop, tiling.tokens)
+    ]
+    max_rank = lora.max_rank or int(lora.table[..., 1:].sum(dim=-1).max())
+    return Tiles(torch.tensor(rows, dtype=torch.int32, device=lora.table.device), tiling, max_rank)
