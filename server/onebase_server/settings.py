@@ -15,6 +15,9 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+KernelsName = Literal["auto", "cpu", "bitsandbytes", "reference"]
+"""A back end of onebase_kernels, or the fastest that can run."""
+
 
 class EngineSettings(BaseModel):
     """What the engine process needs to know; no secrets, no addresses."""
@@ -31,7 +34,7 @@ class EngineSettings(BaseModel):
     double_quant: bool = Field(True, description="Quantise the NF4 block scales too (4.127 bits a parameter).")
     dtype: Literal["bfloat16", "float32", "float16"] = Field("bfloat16", description="Compute and KV dtype.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute.")
-    kernels: Literal["auto", "cpu", "bitsandbytes", "reference"] = Field("auto", description="Which kernels compute.")
+    kernels: KernelsName = Field("auto", description="Which kernels compute.")
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine; by default all cores.")
 
     # how much to hold

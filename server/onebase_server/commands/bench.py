@@ -1,25 +1,25 @@
-"""`onebase bench`, `onebase bench scale` and `onebase bench compare`."""
+"""`onebase bench` and what stands below it; `onebase bench kernels` is in `bench_kernels.py`."""
 
-from collections.abc import Sequence
-from datetime import datetime
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from onebase_server.bench.load import ComparedLoads, Load, LoadTraits, Sweep
 from onebase_server.bench.server_choice import ServerChoice, Vocabulary, read_compared_servers
+from onebase_server.commands.bench_kernels import kernels
+from onebase_server.commands.bench_results import (
+    DEFAULT_OUTPUT,
+    OutputOption,
+    console,
+    new_file,
+    print_notes,
+    require_extra,
+)
 from onebase_server.commands.model_flags import flag_of, read_flags, with_flags
 from onebase_server.errors import ConfigurationError
 
 app = typer.Typer()
-
-EXTRA_PACKAGES = ("matplotlib", "psutil")
-DEFAULT_OUTPUT = Path("bench-results")
-
-OutputOption = Annotated[Path, typer.Option(help="Directory for the JSON and PNG files.", file_okay=False)]
+app.command()(kernels)
 
 ServerOption = Annotated[
     list[str],
@@ -28,8 +28,6 @@ ServerOption = Annotated[
         help="A running server, once for each; dialect is openai (also Onebase and vLLM) or llama.cpp.",
     ),
 ]
-
-console = Console(highlight=False)
 
 
 @app.callback(invoke_without_command=True)
@@ -43,7 +41,7 @@ def bench(context: typer.Context, output: OutputOption = DEFAULT_OUTPUT, **flags
     if context.invoked_subcommand is not None:
         _refuse_misplaced(flags, context.invoked_subcommand)
         return
-    _require_extra()
+    require_extra()
     from onebase_server.bench import plots, report
     from onebase_server.bench.machine import describe_machine
     from onebase_server.bench.measure import measure, request_progress
@@ -59,8 +57,8 @@ def bench(context: typer.Context, output: OutputOption = DEFAULT_OUTPUT, **flags
     console.print(report.throughput_table(measurement), report.latency_table(measurement.median))
     if measurement.memory is not None:
         console.print(report.memory_table(measurement.memory))
-    _print_notes(measurement.notes)
-    path = _new_file(output, "load")
+    print_notes(measurement.notes)
+    path = new_file(output, "load")
     server = report.describe_target(target)
     report.write_json(path, machine, {"server": server, **report.describe_measurement(measurement)})
     plots.plot_latencies(path.with_suffix(".png"), measurement)
@@ -75,7 +73,7 @@ def scale(output: OutputOption = DEFAULT_OUTPUT, **flags: Any) -> None:
     The number of adapters takes the place of --adapters, which holds for the ranks; --popularity is zipf by default. A
     running server's adapters have the ranks that they have, so there only their number is varied.
     """
-    _require_extra()
+    require_extra()
     from onebase_server.bench import plots, report
     from onebase_server.bench.machine import describe_machine
     from onebase_server.bench.scale import measure_by_count, measure_by_rank
@@ -92,12 +90,12 @@ def scale(output: OutputOption = DEFAULT_OUTPUT, **flags: Any) -> None:
         series = [measure_by_count(target, load, sweep, choice.ranks)]
         if choice.url is None:
             series.append(measure_by_rank(target, load, choice.ranks))
-    path = _new_file(output, "scale")
+    path = new_file(output, "scale")
     results = {"server": report.describe_target(target), "series": [report.describe_series(one) for one in series]}
     report.write_json(path, machine, results)
     for one in series:
         console.print(report.series_table(one))
-        _print_notes(dict.fromkeys(note for measurement in one.measurements for note in measurement.notes))
+        print_notes(dict.fromkeys(note for measurement in one.measurements for note in measurement.notes))
         plots.plot_series(path.with_name(f"{path.stem}-{one.varied}.png"), one)
     console.print(f"Written: {path} and a .png for each table")
 
@@ -110,7 +108,7 @@ def compare(server: ServerOption, output: OutputOption = DEFAULT_OUTPUT, **flags
     A server that lists fewer adapters than a load asks for is left out of that load. A key is read from ONEBASE_API_KEY
     and sent to all of them.
     """
-    _require_extra()
+    require_extra()
     from onebase_server.bench import plots, report
     from onebase_server.bench.comparison import LoadComparison
     from onebase_server.bench.comparison import compare as compare_servers
@@ -123,7 +121,7 @@ def compare(server: ServerOption, output: OutputOption = DEFAULT_OUTPUT, **flags
     machine = describe_machine()
     targets = {name: running_target(choice, traits) for name, choice in choices.items()}
     servers = {name: report.describe_target(target) for name, target in targets.items()}
-    path = _new_file(output, "compare")
+    path = new_file(output, "compare")
     comparisons: list[LoadComparison] = []
     for comparison in compare_servers(targets, loads):
         comparisons.append(comparison)
@@ -131,7 +129,7 @@ def compare(server: ServerOption, output: OutputOption = DEFAULT_OUTPUT, **flags
         # after each load, for it may take an hour, and the next one may be interrupted
         report.write_json(path, machine, {"servers": servers, "comparisons": described})
     console.print(report.comparison_table(comparisons))
-    _print_notes([note for one in comparisons for note in one.notes])
+    print_notes([note for one in comparisons for note in one.notes])
     plots.plot_comparison(path.with_suffix(".png"), comparisons)
     console.print(f"Written: {path} and its .png")
 
@@ -143,21 +141,3 @@ def _refuse_misplaced(flags: dict[str, Any], subcommand: str) -> None:
         raise ConfigurationError(
             f"{', '.join(given)} must stand behind the subcommand: onebase bench {subcommand} {given[0]} …"
         )
-
-
-def _require_extra() -> None:
-    missing = [package for package in EXTRA_PACKAGES if find_spec(package) is None]
-    if missing:
-        raise ConfigurationError(
-            f"Benchmarks need packages that are not installed ({', '.join(missing)}): pip install 'onebase[bench]'."
-        )
-
-
-def _new_file(directory: Path, kind: str) -> Path:
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory / f"{datetime.now():%Y-%m-%d-%H%M%S}-{kind}.json"
-
-
-def _print_notes(notes: Sequence[str] | dict[str, None]) -> None:
-    for note in notes:
-        console.print(f"Note: {note}", markup=False, soft_wrap=True)

@@ -1,0 +1,198 @@
+"""The products: NF4 and dense linears, the side path, the output head. Each yields a trial for each number of rows.
+
+All weights are read, so their copies take turns; inputs and outputs are what the op before has just written.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import onebase_kernels as kernels
+from onebase_kernels import BackendName, LoraBatch, Nf4Weight, PackedNf4, Segment, StepInputs
+from onebase_server.bench.kernels.contenders import against_reference, contenders, regardless_of_step
+from onebase_server.bench.kernels.trial import Call, Contender, Trial, Work
+from onebase_server.bench.kernels.workbench import DTYPE_BYTES, Workbench
+from onebase_server.model.config import ProjectionGroup
+
+DENSE = "dense bf16"
+"""The contender that is torch's product with the weights in bf16."""
+LOGIT_BYTES = 4
+
+
+def nf4_linear(group: ProjectionGroup, bench: Workbench) -> Iterator[Trial]:
+    """The products of a projection group with its weights in NF4."""
+    backends = bench.rivals("reference", "bitsandbytes")
+    weights = _nf4_copies(bench, backends, group.widths, group.in_features)
+    for rows in bench.options.rows:
+        x = bench.random(rows, group.in_features)
+        yield Trial(
+            *("nf4_linear", group.name, rows),
+            _product(weights.nbytes, rows, group.in_features, sum(group.widths)),
+            (
+                *contenders(
+                    {name: _each(kernels.nf4_linear, x, packed) for name, packed in weights.packed.items()},
+                ),
+                Contender(DENSE, _each(F.linear, x, weights.dense)),
+            ),
+            [bench.step(rows)],
+        )
+
+
+def dense_linear(group: ProjectionGroup, bench: Workbench) -> Iterator[Trial]:
+    """The products of a projection group whose weights are not quantised; the reference is torch's."""
+    weight = bench.random(sum(group.widths), group.in_features)
+    weights = _copies(weight, bench.num_copies(weight.nbytes, per_step=bench.config.num_layers))
+    for rows in bench.options.rows:
+        x = bench.random(rows, group.in_features)
+        yield Trial(
+            *("dense_linear", group.name, rows),
+            _product(weight.nbytes, rows, group.in_features, sum(group.widths)),
+            against_reference(bench, _each(kernels.dense_linear, x, weights)),
+            [bench.step(rows)],
+        )
+
+
+def add_lora_(group: ProjectionGroup, bench: Workbench) -> Iterator[Trial]:
+    """The side path of a projection group: rows shared out evenly among the adapters, or one adapter each.
+
+    Where rows are fewer than adapters, several steps use those in turn, so that the work of a call is a mean.
+    """
+    ranks = [bench.options.ranks[i % len(bench.options.ranks)] for i in range(bench.options.adapters)]
+    numbers_per_rank = len(group.widths) * group.in_features + sum(group.widths)
+    numbers = sum(ranks) * numbers_per_rank
+    places = bench.num_copies(numbers * DTYPE_BYTES, per_step=bench.config.num_layers)
+    arena = bench.random(places * numbers)
+    table = _adapter_table(ranks, len(group.widths), numbers_per_rank, places).to(bench.device)
+    for rows in bench.options.rows:
+        used = min(rows, len(ranks))
+        firsts = range(0, len(ranks) - used + 1, used)
+        mean_rank = sum(ranks[: used * len(firsts)]) / (used * len(firsts))
+        x, y = bench.random(rows, group.in_features), bench.random(rows, sum(group.widths))
+        calls = [partial(_add_lora, y, x, place, group.widths) for place in range(places)]
+        batches = [LoraBatch(arena, table, _share_out(rows, range(first, first + used))) for first in firsts]
+        yield Trial(
+            *("add_lora_", group.name, rows),
+            Work(
+                bytes=round(used * mean_rank * numbers_per_rank * DTYPE_BYTES) + x.nbytes + 2 * y.nbytes,
+                flops=round(2 * rows * mean_rank * numbers_per_rank),
+            ),
+            # Torch's versions read the ranks on the host.
+            contenders(dict.fromkeys(bench.rivals("reference", "bitsandbytes"), calls), waiting=("bitsandbytes",)),
+            [bench.step(rows, lora=batch) for batch in batches],
+        )
+
+
+def head_logits(bench: Workbench) -> Iterator[Trial]:
+    """Logits of the rows that get a next token."""
+    vocab, hidden = bench.config.vocab_size, bench.config.hidden_size
+    head = bench.random(vocab, hidden)
+    heads = _copies(head, bench.num_copies(head.nbytes, per_step=1))
+    for rows in bench.options.rows:
+        x = bench.random(rows, hidden)
+        yield Trial(
+            *("head_logits", "bf16", rows),
+            _product(head.nbytes, rows, hidden, vocab, output_bytes=LOGIT_BYTES),
+            (
+                *against_reference(bench, _each(kernels.head_logits, x, heads)),
+                Contender(DENSE, _each(F.linear, x, heads)),
+            ),
+            [bench.step(rows)],
+        )
+
+
+def nf4_head_logits(bench: Workbench) -> Iterator[Trial]:
+    """The same with the head in NF4."""
+    vocab, hidden = bench.config.vocab_size, bench.config.hidden_size
+    weights = _nf4_copies(bench, bench.rivals("reference"), [vocab], hidden, per_step=1)
+    for rows in bench.options.rows:
+        x = bench.random(rows, hidden)
+        yield Trial(
+            *("head_logits", "nf4", rows),
+            _product(weights.nbytes, rows, hidden, vocab, output_bytes=LOGIT_BYTES),
+            (
+                *contenders({name: _each(kernels.head_logits, x, packed) for name, packed in weights.packed.items()}),
+                Contender(DENSE, _each(F.linear, x, weights.dense)),
+            ),
+            [bench.step(rows)],
+        )
+
+
+@dataclass(frozen=True)
+class _Nf4Copies:
+    """A group's weights as each contender wants them, in copies that take turns."""
+
+    nbytes: int
+    """Of one copy in NF4."""
+    packed: dict[BackendName, list[PackedNf4]]
+    dense: list[Tensor]
+
+
+def _nf4_copies(
+    bench: Workbench,
+    backends: Sequence[BackendName],
+    widths: Sequence[int],
+    in_features: int,
+    *,
+    per_step: int | None = None,
+) -> _Nf4Copies:
+    """Random weights [Nᵢ, K], of which a step uses `per_step`, by default one for each layer."""
+    weights = [kernels.quantize_nf4(bench.random(width, in_features)) for width in widths]
+    dense = bench.random(sum(widths), in_features)
+    nbytes = sum(weight.nbytes for weight in weights)
+    count = bench.num_copies(
+        nbytes, per_step=per_step or bench.config.num_layers, held=len(backends) * nbytes + dense.nbytes
+    )
+    packed = {backend: _pack_copies(weights, count, backend) for backend in backends}
+    return _Nf4Copies(nbytes, packed, _copies(dense, count))
+
+
+def _each(op: Callable[..., object], x: Tensor, weights: Sequence[object]) -> list[Call]:
+    """`op(x, weight)` with each weight."""
+    return [regardless_of_step(op, x, weight) for weight in weights]
+
+
+def _add_lora(y: Tensor, x: Tensor, place: int, widths: Sequence[int], step: StepInputs) -> None:
+    kernels.add_lora_(y, x, step.lora, place, widths)
+
+
+def _product(
+    weight_bytes: int, rows: int, in_features: int, out_features: int, output_bytes: int = DTYPE_BYTES
+) -> Work:
+    return Work(
+        bytes=weight_bytes + rows * (in_features * DTYPE_BYTES + out_features * output_bytes),
+        flops=2 * rows * in_features * out_features,
+    )
+
+
+def _copies(tensor: Tensor, count: int) -> list[Tensor]:
+    return [tensor.clone() for _ in range(count)]
+
+
+def _pack_copies(weights: Sequence[Nf4Weight], count: int, backend: BackendName) -> list[PackedNf4]:
+    """Each in memory of its own, also where a back end packs nothing."""
+    kernels.use_backend(backend)
+    return [
+        kernels.pack_nf4([Nf4Weight(w.codes.clone(), w.absmax.clone(), w.shape, w.nested) for w in weights])
+        for _ in range(count)
+    ]
+
+
+def _adapter_table(ranks: Sequence[int], slices: int, numbers_per_rank: int, places: int) -> Tensor:
+    """int64 [places, adapters, 4]: all of a place's adapters one after another, every slice with the adapter's rank."""
+    rank = torch.tensor(ranks).expand(places, -1)
+    sizes = rank.flatten() * numbers_per_rank
+    offsets = (sizes.cumsum(0) - sizes).view(places, -1)
+    table = torch.zeros(places, len(ranks), 4, dtype=torch.int64)
+    table[..., 0] = offsets
+    table[..., 1 : 1 + slices] = rank.unsqueeze(-1)
+    return table
+
+
+def _share_out(rows: int, slots: range) -> tuple[Segment, ...]:
+    borders = [rows * i // len(slots) for i in range(len(slots) + 1)]
+    return tuple(Segment(slot, start, stop) for slot, (start, stop) in zip(slots, pairwise(borders), strict=True))

@@ -1,0 +1,106 @@
+"""Times the cases of a workbench one after another, and measures the rooflines that they are held against."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+import onebase_kernels as kernels
+from onebase_server.bench.kernels import cuda_timing, timing
+from onebase_server.bench.kernels.caches import free_bytes, last_level_cache_bytes
+from onebase_server.bench.kernels.cases import Case
+from onebase_server.bench.kernels.options import KernelOptions
+from onebase_server.bench.kernels.rooflines import Rooflines
+from onebase_server.bench.kernels.timing import Clock, MakeBurst, Timing
+from onebase_server.bench.kernels.trial import Trial, Work
+from onebase_server.bench.kernels.workbench import Workbench
+from onebase_server.errors import ConfigurationError
+from onebase_server.model.config import ModelConfig
+from onebase_server.progress import OnProgress
+
+
+@dataclass(frozen=True)
+class TimedTrial:
+    """What was measured of one op on one shape and number of rows."""
+
+    op: str
+    variant: str
+    rows: int
+    work: Work
+    working_set: int
+    timings: dict[str, Timing]
+    """By contender; the first is the back end that the others are compared with."""
+
+    @property
+    def timing(self) -> Timing:
+        """Of the first contender."""
+        return next(iter(self.timings.values()))
+
+    def slowness_of(self, contender: str) -> float:
+        """How many times as long as the first contender another takes."""
+        return self.timings[contender].median / self.timing.median
+
+
+def set_up(config: ModelConfig, options: KernelOptions, device: torch.device) -> Workbench:
+    """A workbench on that device, with the back end and the threads that the options ask for.
+
+    Raises:
+        ConfigurationError: the back end cannot run here.
+    """
+    if options.kernels == "cpu" and device.type != "cpu":
+        raise ConfigurationError(f"--kernels cpu computes on the CPU only; give --device cpu, not {device.type}.")
+    try:
+        backend = kernels.use_backend(options.kernels, device.type)
+    except kernels.LibraryUnavailable as error:
+        raise ConfigurationError(f"--kernels {options.kernels} cannot run here: {error}.") from error
+    threads = options.threads or len(os.sched_getaffinity(0))
+    bench = Workbench(config, options, device, backend, threads, last_level_cache_bytes(device), free_bytes(device))
+    for name in bench.rivals("reference", "bitsandbytes"):
+        kernels.use_backend(name)
+        kernels.set_num_threads(threads)
+    return bench
+
+
+def rooflines_of(bench: Workbench) -> Rooflines:
+    """Those of its device; nothing is measured yet."""
+    clock, _ = _how_to_time(bench)
+    return Rooflines(bench.device, bench.cache_bytes, bench.free_bytes, clock)
+
+
+@torch.inference_mode()
+def measure_cases(
+    bench: Workbench, cases: Sequence[Case], rooflines: Rooflines, on_progress: OnProgress
+) -> list[TimedTrial]:
+    """Time all trials of all cases; what one case set up is freed before the next.
+
+    The rooflines are measured before and after, and for each working set when it first occurs.
+    """
+    rooflines.measure()
+    timed = []
+    total = len(cases) * len(bench.options.rows)
+    on_progress(0, total)
+    for case in cases:
+        for trial in case.trials(bench):
+            rooflines.meet(trial.working_set)
+            timed.append(_measure(bench, trial))
+            on_progress(len(timed), total)
+    rooflines.measure()
+    return timed
+
+
+def _measure(bench: Workbench, trial: Trial) -> TimedTrial:
+    return TimedTrial(
+        trial.op,
+        trial.variant,
+        trial.rows,
+        trial.work,
+        trial.working_set,
+        timing.time_interleaved(trial.contenders, trial.steps, bench.options.repeats, *_how_to_time(bench)),
+    )
+
+
+def _how_to_time(bench: Workbench) -> tuple[Clock, MakeBurst]:
+    if bench.device.type == "cuda":
+        return cuda_timing.event_clock, cuda_timing.make_burst
+    return timing.wall_clock, timing.make_burst

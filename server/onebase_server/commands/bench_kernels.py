@@ -1,0 +1,44 @@
+"""`onebase bench kernels`."""
+
+from itertools import groupby
+from typing import Any
+
+from onebase_server.bench.kernels.options import KernelOptions, read_config
+from onebase_server.commands.bench_results import DEFAULT_OUTPUT, OutputOption, console, new_file, require_extra
+from onebase_server.commands.model_flags import read_flags, with_flags
+from onebase_server.progress import step_progress
+
+
+@with_flags(KernelOptions)
+def kernels(output: OutputOption = DEFAULT_OUTPUT, **flags: Any) -> None:
+    """Time each op of this machine's kernels against its peers and against what the machine can do.
+
+    Nothing is served: the ops run in this process, with random operands in the shapes of a base.
+    """
+    require_extra()
+    options = read_flags(KernelOptions, flags)
+    from onebase_server.bench.kernels import plots, report
+    from onebase_server.bench.kernels.cases import list_cases
+    from onebase_server.bench.kernels.measure import measure_cases, rooflines_of, set_up
+    from onebase_server.bench.machine import describe_machine
+    from onebase_server.bench.report import write_json
+    from onebase_server.model.weights import resolve_device
+
+    config = read_config(options)
+    cases = list_cases(config, options.ops)
+    machine = describe_machine()
+    bench = set_up(config, options, resolve_device(options.device))
+    rooflines = rooflines_of(bench)
+    with step_progress("Trials") as on_progress:
+        trials = measure_cases(bench, cases, rooflines, on_progress)
+    console.print(report.roofline_table(rooflines, bench), *report.case_tables(trials, rooflines))
+    path = new_file(output, "kernels")
+    results = {
+        **report.describe_bench(bench),
+        "rooflines": report.describe_rooflines(rooflines),
+        "trials": [report.describe_trial(trial, rooflines) for trial in trials],
+    }
+    write_json(path, machine, results)
+    for op, of_op in groupby(trials, key=lambda trial: trial.op):
+        plots.plot_op(path.with_name(f"{path.stem}-{op.strip('_')}.png"), list(of_op), rooflines)
+    console.print(f"Written: {path} and a .png for each op")
