@@ -1,121 +1,90 @@
-// Attention over the paged KV cache: decode steps and chunks of prefill, any mix of them in one call.
-//
-// A piece of work is a few queries of one request together with all query heads of one KV head, so that each key and
-// value is read and widened once for all of them. Scores and softmax are fp32.
+// Attention over the paged KV cache: decode steps and chunks of prefill, any mix of them in one call. Scores and softmax
+// are fp32. Here is what runs on every machine; attention_amx.h has bfloat16 for those with AMX.
 
-#include <algorithm>
-#include <vector>
-
+#include "attention_call.h"
 #include "parallel.h"
-#include "simd.h"
-#include "step.h"
+
+#if defined(__AMX_BF16__)
+#include "attention_amx.h"
+#endif
 
 namespace onebase {
-
-struct Attention {
-    const void* q;  // [tokens, heads, head_size], tokens q_stride numbers apart
-    void* out;      // [tokens, heads, head_size], contiguous
-    const void* k_cache;
-    const void* v_cache;  // [blocks, block_size, kv_heads, head_size]
-    int64_t q_stride;
-    int64_t block_size, heads, kv_heads, head_size;
-    int64_t window;  // how many keys a query sees, itself included; 0 for all
-    float scale;
-    int32_t dtype;
-};
-
 namespace {
 
-constexpr int64_t MAX_QUERIES = 8;  // of a piece
 constexpr int64_t KEYS_AHEAD = 12;
-
-struct Piece {
-    int64_t request, first_token, num_queries, first_position, kv_head;
-};
+constexpr int ROWS_TOGETHER = 4;  // that share one reading of a value
 
 // Memory of one thread, kept between its pieces.
 struct Scratch {
-    std::vector<int64_t> offsets;
-    std::vector<float> queries, scores;
+    std::vector<float> queries;  // [rows][HEAD], times the scale
+    std::vector<float> scores;   // [rows][keys, rounded up to whole vectors]
 };
 
 // VECTORS of 16 numbers make a head.
 template <class T, int VECTORS>
-class PieceAttention {
+class VectorAttention {
 public:
-    PieceAttention(const Attention& a, const Step& step, const Piece& piece, Scratch& scratch)
-        : a_(a), step_(step), piece_(piece), group_(a.heads / a.kv_heads), rows_(group_ * piece.num_queries),
-          first_key_(a.window ? std::max<int64_t>(0, piece.first_position - a.window + 1) : 0),
-          num_keys_(piece.first_position + piece.num_queries - first_key_), scratch_(scratch) {}
+    VectorAttention(const Attention& a, const Step& step, const Piece& piece, Scratch& scratch)
+        : view_(a, step, piece), scratch_(scratch), first_(view_.first_key()),
+          num_keys_(view_.last_key() + 1 - first_), stride_((num_keys_ + LANES - 1) / LANES * LANES) {}
 
     void run() {
-        find_keys();
         widen_queries();
         score_keys();
-        for (int64_t row = 0; row < rows_; row++) {
-            softmax(row);
-            sum_values(row);
+        for (int64_t row = 0; row < view_.num_rows(); row++) softmax(row);
+        int64_t row = 0;
+        for (; row + ROWS_TOGETHER <= view_.num_rows(); row += ROWS_TOGETHER) sum_values<ROWS_TOGETHER>(row);
+        switch (view_.num_rows() - row) {
+            case 1: sum_values<1>(row); break;
+            case 2: sum_values<2>(row); break;
+            case 3: sum_values<3>(row); break;
         }
     }
 
 private:
     static constexpr int64_t HEAD = VECTORS * LANES;
 
-    // Row r is query r / group of the piece under the KV head's query head r % group.
-    int64_t token(int64_t row) const { return piece_.first_token + row / group_; }
-    int64_t head(int64_t row) const { return piece_.kv_head * group_ + row % group_; }
-
-    // Where each key, and in the other cache its value, begins.
-    void find_keys() {
-        const int32_t* blocks = step_.block_tables + piece_.request * step_.table_width;
-        const int64_t stride = a_.kv_heads * HEAD;
-        scratch_.offsets.resize(num_keys_);
-        int64_t block = first_key_ / a_.block_size, within = first_key_ % a_.block_size;
-        for (int64_t& offset : scratch_.offsets) {
-            offset = (blocks[block] * a_.block_size + within) * stride + piece_.kv_head * HEAD;
-            if (++within == a_.block_size) within = 0, block++;
-        }
-    }
-
-    // A key or a value, with those to come fetched from memory meanwhile: one head of each token is no stream to the CPU.
-    const T* row_of(const void* cache, int64_t key) const {
-        const T* rows = static_cast<const T*>(cache);
-        const T* ahead = rows + scratch_.offsets[std::min(key + KEYS_AHEAD, num_keys_ - 1)];
+    // One head of each token is no stream to the CPU, so keys and values to come are fetched meanwhile.
+    static const T* prefetched(const T* now, const T* ahead) {
         for (int64_t i = 0; i < HEAD; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(ahead + i);
-        return rows + scratch_.offsets[key];
+        return now;
     }
+    int64_t ahead(int64_t key) const { return first_ + std::min(key + KEYS_AHEAD, num_keys_ - 1); }
 
     void widen_queries() {
-        scratch_.queries.resize(rows_ * HEAD);
-        for (int64_t row = 0; row < rows_; row++) {
-            const T* q = static_cast<const T*>(a_.q) + token(row) * a_.q_stride + head(row) * HEAD;
+        scratch_.queries.resize(view_.num_rows() * HEAD);
+        for (int64_t row = 0; row < view_.num_rows(); row++)
             for (int v = 0; v < VECTORS; v++)
-                store(scratch_.queries.data() + row * HEAD + v * LANES, load(q + v * LANES) * a_.scale);
-        }
+                store(scratch_.queries.data() + row * HEAD + v * LANES,
+                      load(view_.query(row) + v * LANES) * view_.scale());
     }
 
     void score_keys() {
-        scratch_.scores.resize(rows_ * num_keys_);
-        const float* queries = scratch_.queries.data();
-        for (int64_t key = 0; key < num_keys_; key++) {
-            const T* at = row_of(a_.k_cache, key);
-            F32x16 k[VECTORS];
-            for (int v = 0; v < VECTORS; v++) k[v] = load(at + v * LANES);
-            for (int64_t row = 0; row < rows_; row++) {
-                F32x16 products{};
-                for (int v = 0; v < VECTORS; v++) products += k[v] * load(queries + row * HEAD + v * LANES);
-                scratch_.scores[row * num_keys_ + key] = sum(products);
+        scratch_.scores.resize(view_.num_rows() * stride_);
+        for (int64_t start = 0; start < num_keys_; start += LANES) {
+            const int64_t count = std::min(LANES, num_keys_ - start);
+            alignas(64) float keys[LANES * HEAD];
+            for (int64_t i = 0; i < count; i++) {
+                const T* key = prefetched(view_.key(first_ + start + i), view_.key(ahead(start + i)));
+                for (int v = 0; v < VECTORS; v++) store(keys + i * HEAD + v * LANES, load(key + v * LANES));
             }
+            for (int64_t row = 0; row < view_.num_rows(); row++)
+                store(scratch_.scores.data() + row * stride_ + start, products(row, keys, count));
         }
     }
 
-    // Which of the piece's keys a row's query sees, from first to before last.
-    int64_t last_seen(int64_t row) const { return piece_.first_position + row / group_ + 1 - first_key_; }
-    int64_t first_seen(int64_t row) const { return a_.window ? std::max<int64_t>(0, last_seen(row) - a_.window) : 0; }
+    // A row's products with up to 16 keys, one in each lane.
+    F32x16 products(int64_t row, const float* keys, int64_t count) const {
+        F32x16 query[VECTORS], partial[LANES] = {};
+        for (int v = 0; v < VECTORS; v++) query[v] = load(scratch_.queries.data() + row * HEAD + v * LANES);
+        for (int64_t i = 0; i < count; i++)
+            for (int v = 0; v < VECTORS; v++) partial[i] += query[v] * load(keys + i * HEAD + v * LANES);
+        return sums(partial);
+    }
 
     void softmax(int64_t row) {
-        float* scores = scratch_.scores.data() + row * num_keys_;
-        const int64_t first = first_seen(row), last = last_seen(row);
+        float* scores = scratch_.scores.data() + row * stride_;
+        const int64_t first = view_.first_seen(row) - first_, last = view_.last_seen(row) + 1 - first_;
         float most = scores[first];
         for (int64_t i = first; i < last; i++) most = std::max(most, scores[i]);
         float total = 0;
@@ -128,46 +97,47 @@ private:
         for (; i < last; i++) total += scores[i] = __builtin_expf(scores[i] - most);
         const float factor = 1.0f / total;
         for (i = first; i < last; i++) scores[i] *= factor;
+        std::fill(scores, scores + first, 0.0f);
+        std::fill(scores + last, scores + num_keys_, 0.0f);
     }
 
+    template <int ROWS>
     void sum_values(int64_t row) {
-        const float* weights = scratch_.scores.data() + row * num_keys_;
-        F32x16 sums[VECTORS] = {};
-        for (int64_t key = first_seen(row); key < last_seen(row); key++) {
-            const T* at = row_of(a_.v_cache, key);
-            for (int v = 0; v < VECTORS; v++) sums[v] += load(at + v * LANES) * weights[key];
+        const float* weights = scratch_.scores.data() + row * stride_;
+        F32x16 sums[ROWS][VECTORS] = {};
+        for (int64_t key = view_.first_seen(row) - first_; key <= view_.last_seen(row + ROWS - 1) - first_; key++) {
+            const T* value = prefetched(view_.value(first_ + key), view_.value(ahead(key)));
+            for (int v = 0; v < VECTORS; v++) {
+                const F32x16 numbers = load(value + v * LANES);
+                for (int r = 0; r < ROWS; r++) sums[r][v] += numbers * weights[r * stride_ + key];
+            }
         }
-        T* to = static_cast<T*>(a_.out) + (token(row) * a_.heads + head(row)) * HEAD;
-        for (int v = 0; v < VECTORS; v++) store(to + v * LANES, sums[v]);
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < VECTORS; v++) store(view_.out(row + r) + v * LANES, sums[r][v]);
     }
 
-    const Attention& a_;
-    const Step& step_;
-    const Piece& piece_;
-    const int64_t group_, rows_, first_key_, num_keys_;
+    const PieceView<T, HEAD> view_;
     Scratch& scratch_;
+    const int64_t first_, num_keys_, stride_;
 };
-
-void cut(const Attention& a, const Step& step, std::vector<Piece>& pieces) {
-    pieces.clear();
-    for (int64_t request = 0; request < step.num_requests; request++) {
-        const int64_t start = step.query_starts[request], stop = step.query_starts[request + 1];
-        const int64_t before = step.context_lens[request] - (stop - start);
-        for (int64_t token = start; token < stop; token += MAX_QUERIES)
-            for (int64_t kv_head = 0; kv_head < a.kv_heads; kv_head++)
-                pieces.push_back({request, token, std::min(MAX_QUERIES, stop - token), before + token - start, kv_head});
-    }
-}
 
 template <class T, int VECTORS>
 void attend(const Attention& attention, const Step& step) {
-    thread_local std::vector<Piece> pieces;
-    cut(attention, step, pieces);
-    const Piece* first_piece = pieces.data();  // the caller's, for all threads
-    parallel(int64_t(pieces.size()), [&](int64_t first, int64_t last) {
+    thread_local std::vector<Piece> cut_pieces;
+    cut(attention, step, cut_pieces);
+    const Piece* pieces = cut_pieces.data();  // the caller's, for all threads
+    parallel(int64_t(cut_pieces.size()), [&](int64_t first, int64_t last) {
+#if defined(__AMX_BF16__)
+        if constexpr (sizeof(T) == sizeof(BFloat16) && VECTORS % 2 == 0) {
+            const Tiles tiles;
+            thread_local AmxScratch scratch;
+            for (int64_t i = first; i < last; i++)
+                AmxAttention<VECTORS * LANES>(attention, step, pieces[i], scratch).run();
+            return;
+        }
+#endif
         thread_local Scratch scratch;
-        for (int64_t i = first; i < last; i++)
-            PieceAttention<T, VECTORS>(attention, step, first_piece[i], scratch).run();
+        for (int64_t i = first; i < last; i++) VectorAttention<T, VECTORS>(attention, step, pieces[i], scratch).run();
     });
 }
 

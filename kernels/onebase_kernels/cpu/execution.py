@@ -59,11 +59,12 @@ class _Recording:
 class Program:
     """The ops of a step of up to `max_rows` tokens. Not to be run by two threads at once: its memory is its own."""
 
-    def __init__(self, calls: Sequence[Call], memory: Tensor, output: Tensor) -> None:
+    def __init__(self, calls: Sequence[Call], output: Tensor, keep: object) -> None:
+        """`keep` is whatever the calls point into, besides the output's own memory."""
         self.max_rows = output.shape[0]
         self._calls = calls
-        self._memory = memory
         self._output = output
+        self._keep = keep
         self._ops = (Op * len(calls))(
             *(Op(ctypes.cast(getattr(library, call.op), Pointer), ctypes.addressof(call)) for call in calls)
         )
@@ -90,8 +91,7 @@ def record(forward: Callable[[StepInputs], Tensor], max_rows: int) -> Program:
             output = forward(_any_inputs(max_rows))
     finally:
         _recording = None
-    memory, output = _lay_out(recording, output)
-    return Program(recording.calls, memory, output)
+    return Program(recording.calls, _lay_out(recording, output), keep=forward)
 
 
 def step_of(inputs: StepInputs) -> Step:
@@ -181,10 +181,10 @@ class _Buffer:
         return range(self.tensor.data_ptr(), self.tensor.data_ptr() + self.tensor.nbytes)
 
 
-def _lay_out(recording: _Recording, output: Tensor) -> tuple[Tensor, Tensor]:
+def _lay_out(recording: _Recording, output: Tensor) -> Tensor:
     """Move all results into one piece of memory, where those that do not live at the same time may overlap.
 
-    Returns it, and the output in it.
+    Returns the output in it, which keeps all of it alive.
     """
     buffers = _lifetimes(recording, output)
     placed: list[_Buffer] = []
@@ -199,7 +199,7 @@ def _lay_out(recording: _Recording, output: Tensor) -> tuple[Tensor, Tensor]:
     home = _home(output.data_ptr(), buffers)
     if home is None:
         raise NotRecordable("the result was not made by an op")
-    return memory, memory[home.offset : home.offset + output.nbytes].view(output.dtype).view(output.shape)
+    return memory[home.offset : home.offset + output.nbytes].view(output.dtype).view(output.shape)
 
 
 def _lifetimes(recording: _Recording, output: Tensor) -> list[_Buffer]:

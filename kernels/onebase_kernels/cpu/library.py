@@ -18,6 +18,7 @@ _CPU_FLAGS: Mapping[str, frozenset[str]] = {
 }
 """What /proc/cpuinfo must list for each variant."""
 
+
 class LibraryUnavailable(Exception):
     """No variant can run here; the text says why."""
 
