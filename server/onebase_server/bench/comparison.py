@@ -5,12 +5,16 @@ All of them stay up meanwhile: one that is started anew for each run would be me
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from time import sleep
 
 from onebase_server.bench.idle_watch import IdleWatch
 from onebase_server.bench.load import Load
 from onebase_server.bench.measure import LoadRunner, Measurement, request_progress
 from onebase_server.bench.target import Target
 from onebase_server.errors import ConfigurationError
+
+SETTLE_SECONDS = 0.5
+"""Before each run: threads of the server that was measured last may spin for a while (OpenMP's do so for 0.2 s)."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ def _measure_in_turn(
             left_out[name] = str(error)
     for number in range(first_run, first_run + load.runs):
         for name, runner in runners.items():
+            sleep(SETTLE_SECONDS)
             with idle_watch.while_measuring(name):
                 runner.run(number)
     measurements: dict[str, Measurement] = {}

@@ -128,8 +128,7 @@ def comparison_table(comparisons: Sequence[LoadComparison]) -> Table:
     table = Table(title="Medians; times in milliseconds", title_justify="left")
     for name in ("load", "server"):
         table.add_column(name)
-    speeds = ("tokens/s", "lowest", "highest", f"{reference} is")
-    for name in (*speeds, "TTFT p50", "ITL p50", "PSS MiB"):
+    for name in ("tokens/s", "range", f"{reference} is", "TTFT p50", "ITL p50", "PSS MiB"):
         table.add_column(name, justify="right")
     for comparison in comparisons:
         table.add_section()
@@ -137,8 +136,7 @@ def comparison_table(comparisons: Sequence[LoadComparison]) -> Table:
             table.add_row(comparison.name, name, *_comparison_cells(measurement, comparison.ratios.get(name)))
         best = comparison.best_other
         if best is not None and len(comparison.ratios) > 1:
-            ratio = _times(comparison.ratios[best])
-            table.add_row(comparison.name, f"best of the others: {best}", "", "", "", ratio)
+            table.add_row(comparison.name, "best other", "", "", _times(comparison.ratios[best]))
     return table
 
 
@@ -161,7 +159,8 @@ def describe_comparison(comparison: LoadComparison) -> dict[str, Any]:
 def _comparison_cells(measurement: Measurement, ratio: float | None) -> Iterator[str]:
     median, memory = measurement.median, measurement.memory
     speeds = [run.output_tokens_per_second for run in measurement.runs]
-    yield from (f"{speed:,.1f}" for speed in (median.output_tokens_per_second, min(speeds), max(speeds)))
+    yield f"{median.output_tokens_per_second:,.1f}"
+    yield f"{min(speeds):,.0f}-{max(speeds):,.0f}"
     yield "" if ratio is None else _times(ratio)
     for percentiles in (median.time_to_first_token, median.inter_token_latency):
         yield _milliseconds(percentiles.p50) if percentiles else UNKNOWN
