@@ -1,0 +1,281 @@
+"""The product with NF4 weights: codes go from memory to the tensor cores' registers, never through shared memory.
+
+The weights are the left operand (the product is transposed: W xᵀ), in the order of `nf4_packing`. One dot covers one
+block of 64 inputs, whose scale is then applied to the sums. Programs share out the inputs in a fixed number of splits,
+whose partial sums are added in a fixed order by a second launch: nothing is atomic, the bits are always the same.
+
+The dots have an operand in registers; ptxas before 13.3 may miscompile those if they are pipelined (triton issue 9433).
+So loops have one stage, and each dot is used in the iteration that makes it; tests/gpu holds the result exact.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from onebase_kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
+from onebase_kernels.triton.nf4_decode import (
+    CODEBOOKS,
+    TABLE_COPIES,
+    byte_tables_on,
+    decode_with_loads,
+    decode_with_permutations,
+    is_interpreted,
+    load_tables,
+    multiples_on,
+    nf4_values_on,
+)
+from onebase_kernels.triton.nf4_packing import TILE_ROWS, FragmentNf4
+from onebase_kernels.triton.plans import MAX_FUSED_ROWS, Plan, plan_for
+
+_BLOCK = tl.constexpr(BLOCK_SIZE)
+_NESTED_BLOCK = tl.constexpr(NESTED_BLOCK_SIZE)
+_TILE_ROWS = tl.constexpr(TILE_ROWS)
+_GROUP_WORDS = tl.constexpr(BLOCK_SIZE // 4)  # of the two outputs, eight rows apart, whose codes lie together
+_TILE_WORDS = tl.constexpr(TILE_ROWS * BLOCK_SIZE // 8)
+_COPIES = tl.constexpr(TABLE_COPIES)
+
+_CHUNK_BYTES = 28 << 20  # of dequantised weights; they stay in the L2 cache (50 MB and more) until they are used
+_SUM_BLOCK = 512
+
+
+@triton.jit
+def _as_operand(numbers, BLOCK_N: tl.constexpr):
+    """The decoded numbers of words [BLOCK_N / 2, 16], in the order of `nf4_packing`, as a matrix [BLOCK_N, 64]."""
+    low = tl.join(tl.join(numbers[0], numbers[2]), tl.join(numbers[1], numbers[3]))
+    high = tl.join(tl.join(numbers[4], numbers[6]), tl.join(numbers[5], numbers[7]))
+    fragment = tl.join(low, high).reshape(BLOCK_N // 16, 8, 4, 4, 2, 2, 2)  # 16 rows, g, q, 16 inputs, eight, odd, half
+    return fragment.trans(0, 6, 1, 3, 4, 2, 5).reshape(BLOCK_N, 64)
+
+
+@triton.jit
+def _code_offsets(rows, BLOCKS: tl.constexpr):
+    """Offsets [rows, 16] of the words of a block's codes, for pairs of outputs `rows`, counted over the whole group."""
+    tile, row = rows // (_TILE_ROWS // 2), rows % (_TILE_ROWS // 2)
+    return (tile * (BLOCKS * _TILE_WORDS) + row * _GROUP_WORDS)[:, None] + tl.arange(0, _GROUP_WORDS)[None, :]
+
+
+@triton.jit
+def _load_words(codes_ptr, count: tl.constexpr):
+    """The codes of so many blocks, in a tuple."""
+    words = ()
+    for block in tl.static_range(count):
+        # Triton knows neither unpacking nor annotations of tuples.
+        words = words + (tl.load(codes_ptr + block * _TILE_WORDS),)  # type: ignore[assignment]  # noqa: RUF005
+    return words
+
+
+@triton.jit
+def _load_scales(scales_ptr, map_ptr, nested, offsets, NESTED: tl.constexpr):
+    """A block's scales in fp32, decoded if they are 8-bit codes."""
+    scales = tl.load(scales_ptr)
+    if NESTED:
+        scales = tl.load(map_ptr + scales.to(tl.int32)) * nested + offsets
+    return scales
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def fused_kernel(
+    x_ptr,
+    codes_ptr,
+    scales_ptr,
+    nested_ptr,
+    offsets_ptr,
+    map_ptr,
+    tables_ptr,
+    bias_ptr,
+    out_ptr,
+    num_rows,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    INPUT_SCALE: tl.constexpr,
+    OUTPUT_SCALE: tl.constexpr,
+    NESTED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PERMUTE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """A tile of y, out [M, N]; or its partial sums over one split of the inputs, out fp32 [SPLITS, M, N]."""
+    BLOCKS: tl.constexpr = K // _BLOCK
+    SPLIT_BLOCKS: tl.constexpr = BLOCKS // SPLITS
+    split = tl.program_id(1)
+    first = split * SPLIT_BLOCKS
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    pairs = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    codes_ptr += _code_offsets(pairs, BLOCKS) + first * _TILE_WORDS
+    scales_ptr += n // _TILE_ROWS * (BLOCKS * _TILE_ROWS) + n % _TILE_ROWS + first * _TILE_ROWS
+    x_ptr += m[None, :].to(tl.int64) * K + tl.arange(0, _BLOCK)[:, None] + first * _BLOCK
+    is_row = m[None, :] < num_rows
+    tables = load_tables(tables_ptr, pairs, _COPIES) if PERMUTE else ()
+    nested = tl.zeros((BLOCK_N,), tl.float32)
+    offsets = tl.load(offsets_ptr + n // _TILE_ROWS)
+
+    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for i in tl.range(0, SPLIT_BLOCKS, UNROLL, num_stages=1):
+        words = _load_words(codes_ptr + i * _TILE_WORDS, UNROLL)
+        if NESTED:
+            nested = tl.load(nested_ptr + (n * BLOCKS + first + i) // _NESTED_BLOCK)
+        for u in tl.static_range(UNROLL):
+            x = tl.load(x_ptr + (i + u) * _BLOCK, mask=is_row, other=0.0)
+            scales = _load_scales(scales_ptr + (i + u) * _TILE_ROWS, map_ptr, nested, offsets, NESTED)
+            if PERMUTE:
+                lifted = (x * INPUT_SCALE).to(x.dtype)
+                numbers = decode_with_permutations(words[u], tables, x)
+            else:  # Triton's interpreter takes bfloat16 for whole numbers in a dot
+                lifted = x.to(tl.float32)
+                numbers = decode_with_loads(words[u], tables_ptr)
+            sums += tl.dot(_as_operand(numbers, BLOCK_N), lifted) * scales[:, None]
+
+    sums *= OUTPUT_SCALE
+    if HAS_BIAS:
+        sums += tl.load(bias_ptr + n).to(tl.float32)[:, None]
+    out_ptr += (split * num_rows + m[None, :].to(tl.int64)) * N + n[:, None]
+    tl.store(out_ptr, sums.to(out_ptr.dtype.element_ty), mask=is_row)
+
+
+@triton.jit(do_not_specialize=["size"])
+def sum_planes_kernel(
+    planes_ptr,
+    bias_ptr,
+    out_ptr,
+    size,
+    N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out [M, N] = the sum of planes [SPLITS, M, N], first to last, and the bias [N]; size is M · N."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_there = at < size
+    total = tl.load(planes_ptr + at, mask=is_there)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(planes_ptr + split * size.to(tl.int64) + at, mask=is_there)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + at % N, mask=is_there).to(tl.float32)
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=is_there)
+
+
+@triton.jit
+def dequantize_kernel(
+    codes_ptr,
+    scales_ptr,
+    nested_ptr,
+    offsets_ptr,
+    map_ptr,
+    values_ptr,
+    out_ptr,
+    first_tile,
+    K: tl.constexpr,
+    NESTED: tl.constexpr,
+):
+    """One block of a tile's outputs, [64, 64], to its place in out [outputs of the tiles from `first_tile` on, K]."""
+    BLOCKS: tl.constexpr = K // _BLOCK
+    tile = first_tile + tl.program_id(1)
+    block = tl.program_id(0)
+    row = tl.arange(0, _TILE_ROWS)
+    words = tl.load(
+        codes_ptr
+        + _code_offsets(tile.to(tl.int64) * (_TILE_ROWS // 2) + tl.arange(0, _TILE_ROWS // 2), BLOCKS)
+        + block * _TILE_WORDS
+    )
+    nested, offset = 0.0, 0.0
+    if NESTED:
+        offset = tl.load(offsets_ptr + tile)
+        nested = tl.load(nested_ptr + ((tile * _TILE_ROWS + row) * BLOCKS + block) // _NESTED_BLOCK)
+    scales_ptr += (tile * BLOCKS + block) * _TILE_ROWS + row
+    scales = _load_scales(scales_ptr, map_ptr, nested, offset, NESTED)
+    weights = _as_operand(decode_with_loads(words, values_ptr), _TILE_ROWS) * scales[:, None]
+    at = (tl.program_id(1).to(tl.int64) * _TILE_ROWS + row)[:, None] * K + block * _BLOCK
+    tl.store(out_ptr + at + tl.arange(0, _BLOCK)[None, :], weights.to(out_ptr.dtype.element_ty))
+
+
+def nf4_linear(x: Tensor, packed: FragmentNf4, bias: Tensor | None = None) -> Tensor:
+    """As `reference.nf4_linear`: up to 256 rows fused, more rows and fp32 through dequantised weights."""
+    x = x.contiguous()
+    num_rows = x.shape[0]
+    if x.dtype not in CODEBOOKS or num_rows > MAX_FUSED_ROWS:
+        return chunked_linear(x, packed, bias)
+    if num_rows == 0:
+        return x.new_empty(0, packed.out_features)
+    return fused_linear(x, packed, bias, plan_for(num_rows, packed.out_features, packed.in_features, x.device))
+
+
+def fused_linear(x: Tensor, packed: FragmentNf4, bias: Tensor | None, plan: Plan) -> Tensor:
+    """`nf4_linear` of x [M, K], contiguous bf16 or fp16, cut as `plan` says."""
+    (num_rows, k), n = x.shape, packed.out_features
+    codebook = CODEBOOKS[x.dtype]
+    permute = not is_interpreted()
+    tables = byte_tables_on(x.device, x.dtype) if permute else multiples_on(x.device, x.dtype)
+    y = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
+    has_planes = plan.splits > 1
+    planes = torch.empty(plan.splits, num_rows, n, device=x.device) if has_planes else y
+    grid = (n // plan.block_n, plan.splits, triton.cdiv(num_rows, plan.block_m))
+    fused_kernel[grid](
+        x,
+        *_operands(packed),
+        tables,
+        bias,
+        planes,
+        num_rows,
+        N=n,
+        K=k,
+        INPUT_SCALE=codebook.input_scale,
+        OUTPUT_SCALE=codebook.output_scale if permute else 1 / codebook.steps,
+        NESTED=packed.nested is not None,
+        HAS_BIAS=bias is not None and not has_planes,
+        PERMUTE=permute,
+        BLOCK_M=plan.block_m,
+        BLOCK_N=plan.block_n,
+        SPLITS=plan.splits,
+        UNROLL=plan.unroll,
+        num_warps=plan.num_warps,
+        num_stages=1,
+    )
+    if has_planes:
+        sum_planes_kernel[(triton.cdiv(y.numel(), _SUM_BLOCK),)](
+            planes, bias, y, y.numel(), N=n, HAS_BIAS=bias is not None, SPLITS=plan.splits, BLOCK=_SUM_BLOCK
+        )
+    return y
+
+
+def chunked_linear(x: Tensor, packed: FragmentNf4, bias: Tensor | None) -> Tensor:
+    """`nf4_linear` for any number of rows: a chunk of outputs is dequantised, multiplied by cuBLAS, and forgotten."""
+    y = torch.empty(x.shape[0], packed.out_features, dtype=x.dtype, device=x.device)
+    tiles = packed.codes.shape[0]
+    chunk = max(1, _CHUNK_BYTES // (TILE_ROWS * packed.in_features * x.element_size()))
+    for tile in range(0, tiles, chunk):
+        columns = slice(tile * TILE_ROWS, min(tile + chunk, tiles) * TILE_ROWS)
+        weights = dequantize(packed, tile, min(chunk, tiles - tile), x.dtype)
+        if bias is None:
+            torch.mm(x, weights.T, out=y[:, columns])
+        else:
+            torch.addmm(bias[columns], x, weights.T, out=y[:, columns])
+    return y
+
+
+def dequantize(packed: FragmentNf4, first_tile: int, num_tiles: int, dtype: torch.dtype) -> Tensor:
+    """The weights of some tiles of outputs, [64 · num_tiles, K]: fp32 products, rounded once to `dtype`."""
+    k = packed.in_features
+    device = packed.codes.device
+    out = torch.empty(num_tiles * TILE_ROWS, k, dtype=dtype, device=device)
+    dequantize_kernel[(k // BLOCK_SIZE, num_tiles)](
+        *_operands(packed),
+        nf4_values_on(device),
+        out,
+        first_tile,
+        K=k,
+        NESTED=packed.nested is not None,
+        num_warps=4,
+    )
+    return out
+
+
+def _operands(packed: FragmentNf4) -> tuple[Any, ...]:
+    """What both kernels read of the weights, in the order of their parameters."""
+    return packed.codes, packed.scales, packed.nested, packed.offsets, packed.quant_map
