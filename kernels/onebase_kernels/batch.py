@@ -20,12 +20,12 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LoraBatch:
-    """Which tokens of the step use which adapter, and where the adapters lie; `add_lora_` says how they are laid out."""
+    """Which tokens of the step use which adapter, and where adapters lie; `add_lora_` says how they are laid out."""
 
     arena: Tensor
     """[E], in the compute dtype: the numbers of all adapters in device memory."""
     table: Tensor
-    """int64 [places, slots, 4]: for each place in the model that adapters change, each slot's `(offset, r₀, r₁, r₂)`."""
+    """int64 [places, slots, 4]: for each projection group of each layer, each slot's `(offset, r₀, r₁, r₂)`."""
     segments: tuple[Segment, ...]
     """In the order of the step; tokens without an adapter are in none."""
     max_rank: int | None = None

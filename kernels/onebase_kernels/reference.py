@@ -18,7 +18,7 @@ def pack_nf4(weights: Sequence[Nf4Weight]) -> PackedNf4:
     return Nf4Group(tuple(weights))
 
 
-def record(forward: Callable[[StepInputs], Tensor], max_tokens: int) -> Callable[[StepInputs], Tensor]:  # noqa: ARG001
+def record(forward: Callable[[StepInputs], Tensor], max_tokens: int) -> Callable[[StepInputs], Tensor]:
     """`forward`, to be called for every step of up to `max_tokens` tokens, with as little between its ops as can be.
 
     It may be called once here, on inputs that stand for any step's, and never again: what it does besides the ops is

@@ -14,6 +14,7 @@ constexpr int64_t STEP_KEYS = 32;      // of a product of weights and values
 constexpr int64_t PAIRS = 16;          // of numbers, in a row of a tile
 constexpr int64_t TILE = MAX_ROWS * 2 * PAIRS;  // numbers of a bfloat16 tile
 constexpr int64_t TILE_DIMS = 16;      // of a tile of values
+constexpr int64_t KEYS_AHEAD = 64;     // fetched before they are needed
 constexpr int MAX_DIM_TILES = 4;       // as many sums as there are registers for, besides the operands'
 
 // Memory of one thread, kept between its pieces.
@@ -98,6 +99,14 @@ private:
         return {copy, HEAD};
     }
 
+    // A head of each token is no stream to the CPU, so it is told what comes next.
+    template <class At>
+    void prefetch(int64_t key, At at) const {
+        const int64_t last = std::min(key + STEP_KEYS, num_keys_);
+        for (; key < last; key++)
+            for (int64_t i = 0; i < HEAD; i += 2 * PAIRS) __builtin_prefetch(at(first_ + key) + i);
+    }
+
     void pack_queries() {
         __m512i rows[MAX_ROWS];
         for (int64_t part = 0; part < HEAD / (2 * PAIRS); part++) {
@@ -112,6 +121,7 @@ private:
     void score_keys() {
         const auto at = [&](int64_t key) { return view_.key(key); };
         for (int64_t key = 0; key < num_steps_ * STEP_KEYS; key += STEP_KEYS) {
+            prefetch(key + KEYS_AHEAD, at);
             const Rows first = tile_rows(key, false, at, scratch_.copies.data());
             const Rows second = tile_rows(key + KEYS, false, at, scratch_.copies.data() + KEYS * HEAD);
             _tile_zero(0);
@@ -189,6 +199,7 @@ private:
 #define ONEBASE_STORE(i) if constexpr (TILES > i) _tile_stored(i, sums + (i) * TILE_DIMS, TILES * TILE_DIMS * 4);
             ONEBASE_EACH_TILE(ONEBASE_ZERO)
             for (int64_t step = 0; step < num_steps_; step++) {
+                if (first == 0) prefetch(step * STEP_KEYS + KEYS_AHEAD, at);
                 for (int64_t half = 0; half < 2; half++) {
                     const Rows rows = tile_rows(step * STEP_KEYS + half * KEYS, true, at, scratch_.copies.data());
                     pair_keys<TILES>(rows, values + half * TILE / 2);

@@ -6,7 +6,7 @@ the reference takes.
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -132,24 +132,24 @@ def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequenc
     run(call, step)
 
 
-@lru_cache(maxsize=None)  # a model has but a few, and programs point to them
+@cache  # a model has but a few, and programs point to them
 def _widths(widths: tuple[int, ...]) -> "ctypes.Array[ctypes.c_int64]":
     return (ctypes.c_int64 * len(widths))(*widths)
 
 
 def write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> None:
     """As `reference.write_kv_`."""
-    for new, cache in ((k, k_cache), (v, v_cache)):
-        if not _has_plain_tokens(new) or new.dtype != cache.dtype or not _are_plain(cache, batch.slot_mapping):
+    for new, old in ((k, k_cache), (v, v_cache)):
+        if not _has_plain_tokens(new) or new.dtype != old.dtype or not _are_plain(old, batch.slot_mapping):
             reference.write_kv_(k, v, k_cache, v_cache, batch)
             return
-    for new, cache in ((k, k_cache), (v, v_cache)):
+    for new, old in ((k, k_cache), (v, v_cache)):
         size = new.element_size()
         call = calls.WriteCache(
             x=new.data_ptr(),
             row_stride=new.stride(0) * size,
             row_bytes=new.shape[1] * new.shape[2] * size,
-            cache=cache.data_ptr(),
+            cache=old.data_ptr(),
         )
         run(call, Step(rows=new.shape[0], slot_mapping=batch.slot_mapping.data_ptr()))
 
@@ -195,7 +195,7 @@ def add_rms_norm_(hidden: Tensor, delta: Tensor, weight: Tensor, eps: float) -> 
 
 
 def _carries_norm(x: Tensor, weight: Tensor) -> bool:
-    has_plain_rows = x.ndim == 2 and x.stride(1) == 1 or x.ndim == 3 and _has_plain_tokens(x)
+    has_plain_rows = x.stride(1) == 1 if x.ndim == 2 else _has_plain_tokens(x)
     return x.dtype in DTYPES and x.dtype == weight.dtype and has_plain_rows
 
 

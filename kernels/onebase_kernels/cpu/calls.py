@@ -1,4 +1,4 @@
-"""What goes over to C++: the structures of `step.h` and of each op's source, field by field. Nothing is computed here."""
+"""What goes over to C++: the structures of `step.h` and of each op's source, field by field. It computes nothing."""
 
 import ctypes
 from collections.abc import Mapping

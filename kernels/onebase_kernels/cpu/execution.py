@@ -69,6 +69,11 @@ class Program:
             *(Op(ctypes.cast(getattr(library, call.op), Pointer), ctypes.addressof(call)) for call in calls)
         )
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all results."""
+        return self._output.untyped_storage().nbytes()
+
     def __call__(self, inputs: StepInputs) -> Tensor:
         """The last op's result, [T, …]; it lasts until the next step."""
         rows = inputs.token_ids.shape[0]
@@ -84,7 +89,7 @@ def record(forward: Callable[[StepInputs], Tensor], max_rows: int) -> Program:
     `forward` is called once, on inputs that stand for every step's: it must neither read them nor compute anything
     but by the ops, and all its results but the last must be made by them. Raises NotRecordable if it does.
     """
-    global _recording  # noqa: PLW0603 - ops are functions; who records is a state of the module, as in torch
+    global _recording
     _recording = recording = _Recording()
     try:
         with _only_ops():
@@ -145,7 +150,7 @@ def _any_inputs(rows: int) -> StepInputs:
     return StepInputs(token_ids=tokens, positions=tokens, attention=attention, lora=lora)
 
 
-class _OnlyOps(TorchDispatchMode):
+class _OnlyOps(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch types neither this nor its constructor
     """Lets torch make views and empty tensors, and nothing else."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -156,7 +161,7 @@ class _OnlyOps(TorchDispatchMode):
 
 @contextmanager
 def _only_ops() -> Iterator[None]:
-    with torch.inference_mode(), _OnlyOps():
+    with torch.inference_mode(), _OnlyOps():  # type: ignore[no-untyped-call] # see there
         yield
 
 
@@ -214,7 +219,7 @@ def _lifetimes(recording: _Recording, output: Tensor) -> list[_Buffer]:
 
 
 def _pointers(call: Call) -> Iterator[tuple[str, int]]:
-    for name, kind in call._fields_:  # noqa: SLF001 - ctypes' own way to list fields
+    for name, kind in call._fields_:
         if kind is Pointer and (address := getattr(call, name)) is not None:
             yield name, address
 
