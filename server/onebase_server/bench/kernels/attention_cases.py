@@ -108,5 +108,5 @@ def _write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepInp
     kernels.write_kv_(k, v, k_cache, v_cache, step.attention)
 
 
-def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepInputs) -> None:
-    kernels.paged_attention(q, k_cache, v_cache, step.attention, q.shape[2] ** -0.5)
+def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepInputs) -> Tensor:
+    return kernels.paged_attention(q, k_cache, v_cache, step.attention, q.shape[2] ** -0.5)

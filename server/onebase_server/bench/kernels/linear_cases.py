@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -68,13 +69,17 @@ def add_lora_(group: ProjectionGroup, bench: Workbench) -> Iterator[Trial]:
     places = bench.num_copies(numbers * DTYPE_BYTES, per_step=bench.config.num_layers)
     arena = bench.random(places * numbers)
     table = _adapter_table(ranks, len(group.widths), numbers_per_rank, places).to(bench.device)
+    max_rank, alignment = max(ranks) * len(group.widths), _largest_power_of_two_in(numbers_per_rank * gcd(*ranks))
     for rows in bench.options.rows:
         used = min(rows, len(ranks))
         firsts = range(0, len(ranks) - used + 1, used)
         mean_rank = sum(ranks[: used * len(firsts)]) / (used * len(firsts))
         x, y = bench.random(rows, group.in_features), bench.random(rows, sum(group.widths))
         calls = [partial(_add_lora, y, x, place, group.widths) for place in range(places)]
-        batches = [LoraBatch(arena, table, _share_out(rows, range(first, first + used))) for first in firsts]
+        batches = [
+            LoraBatch(arena, table, _share_out(rows, range(first, first + used)), max_rank, alignment)
+            for first in firsts
+        ]
         yield Trial(
             *("add_lora_", group.name, rows),
             Work(
@@ -191,6 +196,10 @@ def _adapter_table(ranks: Sequence[int], slices: int, numbers_per_rank: int, pla
     table[..., 0] = offsets
     table[..., 1 : 1 + slices] = rank.unsqueeze(-1)
     return table
+
+
+def _largest_power_of_two_in(number: int) -> int:
+    return number & -number
 
 
 def _share_out(rows: int, slots: range) -> tuple[Segment, ...]:

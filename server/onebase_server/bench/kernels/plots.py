@@ -16,10 +16,10 @@ from onebase_server.bench.plots import DOTS_PER_INCH
 def plot_op(path: Path, trials: Sequence[TimedTrial], rooflines: Rooflines) -> None:
     """One op, a panel for each of its shapes: GFLOP/s where it multiplies, GB/s where it moves numbers."""
     panels = [list(of_case) for _, of_case in groupby(trials, key=lambda trial: trial.variant)]
-    figure = Figure(figsize=(4.2 * len(panels) + 1, 3.8), layout="constrained")
+    figure = Figure(figsize=(4 * len(panels) + 2, 3.8), layout="constrained")
     for axes, of_case in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _plot_case(axes, of_case, rooflines)
-    figure.axes[0].legend(fontsize="small")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=DOTS_PER_INCH)
 
 
