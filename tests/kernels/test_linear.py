@@ -13,7 +13,8 @@ Pairs = list[tuple[Tensor, Tensor] | None]
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cpu").to(torch.get_default_device())
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -33,8 +33,8 @@ class Tiling(NamedTuple):
     """Of a program of the expand."""
 
 
-# A tile of 64 tokens would compile to Hopper's wgmma with an operand in registers, which ptxas before 13.3 may get wrong
-# (triton issue 9433), and gain nothing.
+# A tile of 64 tokens would compile to Hopper's wgmma with an operand in registers, which ptxas before 13.3 may
+# miscompile (triton issue 9433), and gain nothing.
 _FEW_TOKENS = Tiling(tokens=16, ranks=16, splits=8, outputs=256)
 _MANY_TOKENS = Tiling(tokens=32, ranks=32, splits=2, outputs=128)
 
