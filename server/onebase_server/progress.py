@@ -18,6 +18,10 @@ OnProgress = Callable[[int, int], None]
 """Called with how much is done and how much there is in all."""
 
 
+def ignore_progress(_done: int, _total: int) -> None:
+    """For callers who show none."""
+
+
 @contextmanager
 def byte_progress(description: str) -> Iterator[OnProgress]:
     """A bar for bytes."""

@@ -88,7 +88,7 @@ class Sweep(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    counts: Integers = Field((1, 5, 50), description="Numbers of adapters to measure with, up to thousands.")
+    counts: Integers = Field((1, 5, 50, 500, 2000), description="Numbers of adapters to measure with.")
 
 
 class ClosedLoop(BaseModel):

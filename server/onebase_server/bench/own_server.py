@@ -17,6 +17,7 @@ from onebase_adapters.store import AdapterStore
 from onebase_server.bench.random_adapters import num_parameters, write_random_adapter
 from onebase_server.errors import ConfigurationError
 from onebase_server.model.config import ModelConfig
+from onebase_server.progress import OnProgress, ignore_progress
 from onebase_server.settings import EngineSettings
 
 READY_SECONDS = 600
@@ -36,30 +37,32 @@ class RandomAdapters:
     seed: int
     _published: set[str] = field(default_factory=set)
 
-    def names(self, count: int, ranks: Sequence[int]) -> list[str]:
-        """The names of `count` adapters, `ranks` in turn; those that are not there yet are published.
+    def require(self, count: int, ranks: Sequence[int]) -> None:
+        """Raises ConfigurationError if the disk has no room for those that are not there yet."""
+        missing = self._missing(count, ranks).values()
+        needed = sum(num_parameters(self.config, rank) for _, rank in missing) * _NUMBER_BYTES
+        free = shutil.disk_usage(self.store.root).free
+        if needed > 0.9 * free:
+            raise ConfigurationError(
+                f"{len(missing)} random adapters need {needed / 1e9:.1f} GB, but {self.store.root} has "
+                f"{free / 1e9:.1f} GB free. Take fewer adapters or smaller --ranks, or let TMPDIR name a larger disk."
+            )
 
-        Raises:
-            ConfigurationError: the disk has no room for them.
-        """
-        wanted = {f"random-{i}-rank-{ranks[i % len(ranks)]}": (i, ranks[i % len(ranks)]) for i in range(count)}
-        missing = {name: key for name, key in wanted.items() if name not in self._published}
-        self._refuse_if_disk_is_full([rank for _, rank in missing.values()])
-        for name, (index, rank) in missing.items():
+    def names(self, count: int, ranks: Sequence[int], on_progress: OnProgress = ignore_progress) -> list[str]:
+        """The names of `count` adapters, `ranks` in turn; those that are not there yet are published."""
+        self.require(count, ranks)
+        missing = self._missing(count, ranks)
+        for done, (name, (index, rank)) in enumerate(missing.items(), start=1):
             with self.store.staging() as directory:
                 write_random_adapter(directory, self.config, rank=rank, seed=self.seed + index)
                 self.store.publish(name, directory)
             self._published.add(name)
-        return list(wanted)
+            on_progress(done, len(missing))
+        return list(_numbers_and_ranks(count, ranks))
 
-    def _refuse_if_disk_is_full(self, ranks: Sequence[int]) -> None:
-        needed = sum(num_parameters(self.config, rank) for rank in ranks) * _NUMBER_BYTES
-        free = shutil.disk_usage(self.store.root).free
-        if needed > 0.9 * free:
-            raise ConfigurationError(
-                f"{len(ranks)} random adapters need {needed / 1e9:.1f} GB, but {self.store.root} has "
-                f"{free / 1e9:.1f} GB free. Take fewer adapters or smaller --ranks, or let TMPDIR name a larger disk."
-            )
+    def _missing(self, count: int, ranks: Sequence[int]) -> dict[str, tuple[int, int]]:
+        wanted = _numbers_and_ranks(count, ranks)
+        return {name: key for name, key in wanted.items() if name not in self._published}
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,11 @@ class OwnServer:
     base_name: str
     config: ModelConfig
     adapters: RandomAdapters
+
+
+def _numbers_and_ranks(count: int, ranks: Sequence[int]) -> dict[str, tuple[int, int]]:
+    """Number and rank of each of `count` adapters, by name."""
+    return {f"random-{i}-rank-{ranks[i % len(ranks)]}": (i, ranks[i % len(ranks)]) for i in range(count)}
 
 
 @contextmanager

@@ -13,13 +13,17 @@ from onebase_server.bench.prompts import Prompts, TextPrompts, TokenIdPrompts
 from onebase_server.bench.server_choice import ServerChoice
 from onebase_server.errors import ConfigurationError
 from onebase_server.model.tokenizer import Tokenizer
+from onebase_server.progress import OnProgress, ignore_progress
 
 
 class AdapterSource(Protocol):
     """Where a load's adapters come from."""
 
-    def names(self, count: int, ranks: Sequence[int]) -> list[str]:
-        """`count` adapters to ask for, of `ranks` in turn where that can be chosen."""
+    def require(self, count: int, ranks: Sequence[int]) -> None:
+        """Raises ConfigurationError if there cannot be so many."""
+
+    def names(self, count: int, ranks: Sequence[int], on_progress: OnProgress = ...) -> list[str]:
+        """`count` adapters to ask for, of `ranks` in turn where that can be chosen; raises as `require` does."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +32,17 @@ class ServedAdapters:
 
     served: Served
 
-    def names(self, count: int, ranks: Sequence[int]) -> list[str]:
-        """The first `count`; raises ConfigurationError if there are fewer."""
+    def require(self, count: int, ranks: Sequence[int]) -> None:
+        """Raises ConfigurationError if there are fewer."""
         if count > len(self.served.adapters):
             raise ConfigurationError(
                 f"The server has {len(self.served.adapters)} adapters, but the load asks for {count}. Publish more, "
                 "or give --adapters, or --popularity none to ask the base alone."
             )
+
+    def names(self, count: int, ranks: Sequence[int], on_progress: OnProgress = ignore_progress) -> list[str]:
+        """The first `count`."""
+        self.require(count, ranks)
         return list(self.served.adapters[:count])
 
 

@@ -29,6 +29,9 @@ ServerOption = Annotated[
     ),
 ]
 
+SCALE_REQUESTS = 64
+"""Per run of `onebase bench scale`, unless told otherwise: enough for Zipf's law to reach beyond the first adapters."""
+
 
 @app.callback(invoke_without_command=True)
 @with_flags(ServerChoice, Load)
@@ -70,30 +73,36 @@ def bench(context: typer.Context, output: OutputOption = DEFAULT_OUTPUT, **flags
 def scale(output: OutputOption = DEFAULT_OUTPUT, **flags: Any) -> None:
     """Measure throughput and latency against the number of adapters, and against each of --ranks by itself.
 
-    The number of adapters takes the place of --adapters, which holds for the ranks; --popularity is zipf by default. A
-    running server's adapters have the ranks that they have, so there only their number is varied.
+    The number of adapters takes the place of --adapters, which holds for the ranks; by default --popularity is zipf
+    and --requests 64. A running server's adapters have the ranks that they have, so there only their number is varied.
     """
     require_extra()
     from onebase_server.bench import plots, report
     from onebase_server.bench.machine import describe_machine
-    from onebase_server.bench.scale import measure_by_count, measure_by_rank
+    from onebase_server.bench.scale import Series, measure_by_count, measure_by_rank
     from onebase_server.bench.target import open_target
 
     flags["popularity"] = flags["popularity"] or "zipf"
+    flags["requests"] = flags["requests"] or SCALE_REQUESTS
     sweep, choice, load = read_flags(Sweep, flags), read_flags(ServerChoice, flags), read_flags(Load, flags)
     if load.popularity == "none":
         raise ConfigurationError("bench scale varies the adapters, so --popularity none makes no sense there.")
     machine = describe_machine()
     largest = load.model_copy(update={"adapters": max(*sweep.counts, load.adapters)})
+    path = new_file(output, "scale")
+    finished: list[Series] = []
     with console.status("Preparing the server …") as status, open_target(choice, largest) as target:
         status.stop()
-        series = [measure_by_count(target, load, sweep, choice.ranks)]
+        sweeps = [measure_by_count(target, load, sweep, choice.ranks)]
         if choice.url is None:
-            series.append(measure_by_rank(target, load, choice.ranks))
-    path = new_file(output, "scale")
-    results = {"server": report.describe_target(target), "series": [report.describe_series(one) for one in series]}
-    report.write_json(path, machine, results)
-    for one in series:
+            sweeps.append(measure_by_rank(target, load, choice.ranks))
+        for growing in sweeps:
+            for one in growing:
+                described = [report.describe_series(series) for series in (*finished, one)]
+                # after each load, for all may take hours, and the next one may be interrupted
+                report.write_json(path, machine, {"server": report.describe_target(target), "series": described})
+            finished.append(one)
+    for one in finished:
         console.print(report.series_table(one))
         print_notes(dict.fromkeys(note for measurement in one.measurements for note in measurement.notes))
         plots.plot_series(path.with_name(f"{path.stem}-{one.varied}.png"), one)

@@ -90,6 +90,16 @@ def test_scale_measures_each_number_of_adapters_and_each_rank(
     assert plots == ["adapters.png", "rank.png"]
 
 
+def test_scale_refuses_what_there_cannot_be_before_it_measures(
+    onebase_bench: Bench, own_server: OwnServer, tmp_path: Path
+) -> None:
+    own_server.adapters.names(1, [2])
+    result = onebase_bench("--counts", "1,99", "--url", own_server.url, subcommand=["scale"])
+    assert result.exit_code == 1
+    assert "the load asks for 99" in result.output
+    assert not list((tmp_path / "results").glob("*.json"))
+
+
 def test_random_adapters_are_the_same_for_the_same_seed_and_have_the_rank_asked_for(own_server: OwnServer) -> None:
     store, source = own_server.adapters.store, own_server.adapters
     names = source.names(3, [2, 4])
