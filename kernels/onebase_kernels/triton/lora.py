@@ -192,5 +192,5 @@ def plan(lora: LoraBatch) -> Tiles:
         for slot, start, stop in lora.segments
         for first in range(start, stop, tiling.tokens)
     ]
-    max_rank = lora.max_rank or int(lora.table[..., 1:].sum(dim=-1).max())
+    max_rank = int(lora.table[..., 1:].sum(dim=-1).max()) if lora.max_rank is None else lora.max_rank
     return Tiles(torch.tensor(rows, dtype=torch.int32, device=lora.table.device), tiling, max_rank)

@@ -5,6 +5,7 @@ padding (the unified pool of S-LoRA, arXiv 2311.03285, without its pages: the ar
 read on a thread, while steps go on. It knows adapters by digest only: names and versions are the store's business.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -58,6 +59,10 @@ class AdapterPool:
         self.table = torch.zeros(
             config.num_layers, len(config.projection_groups), 16, TABLE_COLUMNS, dtype=torch.int64, device=device
         )
+        self.max_rank = 1
+        """The most ranks that an adapter has had at one place so far, all slices of the group together."""
+        self.alignment = math.gcd(16, *(size for group in config.projection_groups for size in group.sizes))
+        """Numbers: what all matrices in the arena begin at a multiple of, for they all have rows of such lengths."""
         self.num_attaches = 0
         self.num_evictions = 0
         self._extents = Extents(self.arena.numel())
@@ -175,6 +180,7 @@ class AdapterPool:
         self.arena[offset : offset + resident.size].copy_(packed.numbers, non_blocking=True)
         self._write_table(resident)
         self._resident[digest] = resident
+        self.max_rank = max(self.max_rank, packed.max_rank)
         self.num_attaches += 1
         return resident
 

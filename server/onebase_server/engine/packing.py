@@ -25,6 +25,11 @@ class PackedAdapter:
     table: Tensor
     """int64 [layers, groups, 4]; offsets count from the start of `numbers`."""
 
+    @property
+    def max_rank(self) -> int:
+        """The most ranks at one place, all slices of the group together."""
+        return int(self.table[..., 1:].sum(dim=-1).max())
+
 
 def pack_adapter(adapter: Adapter, config: ModelConfig, dtype: torch.dtype) -> PackedAdapter:
     """Per layer and projection group: the slices' A stacked [Σrᵢ, in], then each slice's s·B transposed [rᵢ, outᵢ]."""

@@ -77,7 +77,7 @@ class Runner:
                     segments.append(Segment(slot, start, stop))
             start = stop
         pool = self.adapter_pool
-        return LoraBatch(arena=pool.arena, table=pool.table.flatten(0, 1), segments=tuple(segments))
+        return LoraBatch(pool.arena, pool.table.flatten(0, 1), tuple(segments), pool.max_rank, pool.alignment)
 
     def _collect(self, batch: Batch, hidden: Tensor) -> list[Sampled]:
         """Logits only where they are needed: each sampling sequence's last row, every row for prompt logprobs."""

@@ -25,6 +25,11 @@ class ProjectionGroup:
     widths: tuple[int, ...]
     """Output features of each projection."""
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """All features: the input's, then each output's."""
+        return (self.in_features, *self.widths)
+
 
 @dataclass(frozen=True)
 class ModelConfig:

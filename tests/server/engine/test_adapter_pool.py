@@ -59,6 +59,16 @@ def test_the_first_request_finds_the_adapter_loading_and_a_later_one_finds_it_th
     assert pool.bytes_used == 4 * 2 * Q_RANK_1
 
 
+def test_kernels_are_told_the_most_ranks_at_a_place_and_how_offsets_are_aligned(
+    pool: Pool, write_adapter: BlobWriter
+) -> None:
+    for name, ranks in (("a", {"q_proj": 1}), ("b", {"q_proj": 2, "k_proj": 1}), ("c", {"q_proj": 2})):
+        pool.acquire_loaded(write_adapter(name, ranks))
+    assert pool.max_rank == 3
+    assert pool.alignment == 16
+    assert not (pool.table[..., 0] % pool.alignment).any()
+
+
 def test_the_least_recently_used_idle_adapter_makes_room(pool: Pool, write_adapter: BlobWriter) -> None:
     oldest, pinned, recent = (write_adapter(name, {"q_proj": 3}) for name in ("oldest", "pinned", "recent"))
     for adapter in (oldest, pinned, recent):
