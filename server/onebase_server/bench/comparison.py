@@ -13,9 +13,6 @@ from onebase_server.bench.measure import LoadRunner, Measurement, request_progre
 from onebase_server.bench.target import Target
 from onebase_server.errors import ConfigurationError
 
-SETTLE_SECONDS = 0.5
-"""Before each run: threads of the server that was measured last may spin for a while (OpenMP's do so for 0.2 s)."""
-
 
 @dataclass(frozen=True)
 class LoadComparison:
@@ -62,8 +59,10 @@ class LoadComparison:
         ]
 
 
-def compare(targets: Mapping[str, Target], loads: Sequence[Load]) -> Iterator[LoadComparison]:
+def compare(targets: Mapping[str, Target], loads: Sequence[Load], settle_seconds: float) -> Iterator[LoadComparison]:
     """Put all servers under each load; one that has too few adapters for it, or answers nothing, is left out of it.
+
+    Before each run nothing is sent for `settle_seconds`.
 
     Raises:
         ConfigurationError: a target's `pid` is no process here.
@@ -72,7 +71,7 @@ def compare(targets: Mapping[str, Target], loads: Sequence[Load]) -> Iterator[Lo
     first_run = 1  # counted on over the loads, so that no two of them share a prompt, which a prefix cache would find
     with request_progress("Requests", *(entry.load for entry in entries for _ in entry.adapters)) as on_answer:
         for entry in entries:
-            yield _measure_in_turn(entry, targets, first_run, on_answer)
+            yield _measure_in_turn(entry, targets, first_run, settle_seconds, on_answer)
             first_run += entry.load.runs
 
 
@@ -97,7 +96,11 @@ class _Entry:
 
 
 def _measure_in_turn(
-    entry: _Entry, targets: Mapping[str, Target], first_run: int, on_answer: Callable[[], None]
+    entry: _Entry,
+    targets: Mapping[str, Target],
+    first_run: int,
+    settle_seconds: float,
+    on_answer: Callable[[], None],
 ) -> LoadComparison:
     load, left_out = entry.load, dict(entry.left_out)
     idle_watch = IdleWatch({name: target.pid for name, target in targets.items() if target.pid})
@@ -111,7 +114,7 @@ def _measure_in_turn(
             left_out[name] = str(error)
     for number in range(first_run, first_run + load.runs):
         for name, runner in runners.items():
-            sleep(SETTLE_SECONDS)
+            sleep(settle_seconds)
             with idle_watch.while_measuring(name):
                 runner.run(number)
     measurements: dict[str, Measurement] = {}

@@ -121,6 +121,8 @@ class ComparedLoads(BaseModel):
         description="Loads as CONCURRENCY:POPULARITY, the latter none, same, distinct or zipf as in `onebase bench`.",
     )
     requests_per_stream: int = Field(2, ge=1, description="Requests per run, as a multiple of the concurrency.")
+    # vLLM's queues busy-wait for a second after their last message, OpenMP's threads for a fifth of one
+    settle: float = Field(1.5, ge=0, description="Seconds before each run, until the last server stops spinning.")
 
     def with_traits(self, traits: LoadTraits) -> list[Load]:
         """The loads in full."""

@@ -126,13 +126,13 @@ def compare(server: ServerOption, output: OutputOption = DEFAULT_OUTPUT, **flags
 
     choices = read_compared_servers(server, read_flags(Vocabulary, flags))
     traits = read_flags(LoadTraits, flags)
-    loads = read_flags(ComparedLoads, flags).with_traits(traits)
+    compared = read_flags(ComparedLoads, flags)
     machine = describe_machine()
     targets = {name: running_target(choice, traits) for name, choice in choices.items()}
     servers = {name: report.describe_target(target) for name, target in targets.items()}
     path = new_file(output, "compare")
     comparisons: list[LoadComparison] = []
-    for comparison in compare_servers(targets, loads):
+    for comparison in compare_servers(targets, compared.with_traits(traits), compared.settle):
         comparisons.append(comparison)
         described = [report.describe_comparison(one) for one in comparisons]
         # after each load, for it may take an hour, and the next one may be interrupted
