@@ -68,8 +68,11 @@ def wall_clock(run: Run, times: int) -> float:
 def make_burst(contender: Contender, steps: Sequence[StepInputs], clock: Clock) -> Burst:
     """A contender's calls as programs, all of them for each step in turn."""
     groups = group_calls(contender, steps[0], clock)
-    rows = len(steps[0].token_ids)
-    programs = [_record(group, rows) if contender.backend else partial(_run, group) for group in groups]
+    token_ids = steps[0].token_ids
+    programs = [
+        _record(group, len(token_ids), token_ids.device) if contender.backend else partial(_run, group)
+        for group in groups
+    ]
     return burst_of([partial(program, step) for step in steps for program in programs], len(groups[0]))
 
 
@@ -101,10 +104,12 @@ def time_interleaved(
         times.append(choose_times(bursts[-1].run, clock))
     for repeat in range(repeats):
         for contender, burst, count, measured in zip(contenders, bursts, times, seconds, strict=True):
-            if repeat >= FEWEST_MEASUREMENTS and measured[0] > SLOW_SECONDS:
+            is_slow = bool(measured) and measured[0] > SLOW_SECONDS
+            if is_slow and repeat >= FEWEST_MEASUREMENTS:
                 continue
             _activate(contender)
-            _settle(burst.run, clock)
+            if not is_slow:
+                _settle(burst.run, clock)
             measured.append(clock(burst.run, count) / (count * burst.num_calls))
     return {
         contender.name: _summarise(measured, count * burst.num_calls)
@@ -114,16 +119,18 @@ def time_interleaved(
 
 def choose_times(run: Run, clock: Clock) -> int:
     """How many runs fill a measurement; the first run, which may allocate or compile, does not count."""
-    clock(run, 1)
+    if clock(run, 1) > SLOW_SECONDS:
+        return 1
     times = 1
     while (seconds := clock(run, times)) < MEASUREMENT_SECONDS:
         times = max(2 * times, min(round(times * MEASUREMENT_SECONDS / seconds), 10 * times))
     return times
 
 
-def _record(group: Sequence[Call], rows: int) -> Callable[[StepInputs], object]:
+def _record(group: Sequence[Call], rows: int, device: torch.device) -> Callable[[StepInputs], object]:
     """The calls as a program of the back end; a norm of a few numbers ends it, for a step has to return a result."""
-    x, weight = torch.ones(rows, _RESULT_SIZE, dtype=torch.bfloat16), torch.ones(_RESULT_SIZE, dtype=torch.bfloat16)
+    x = torch.ones(rows, _RESULT_SIZE, dtype=torch.bfloat16, device=device)
+    weight = x.new_ones(_RESULT_SIZE)
 
     def forward(step: StepInputs) -> Tensor:
         _run(group, step)
