@@ -127,10 +127,18 @@ def test_each_row_gets_its_own_adapter_and_others_are_untouched(backend: str, gr
     assert torch.equal(y[idle], base[idle])
 
 
-def test_side_path_in_bfloat16_is_near_float32(backend: str) -> None:
-    arena = Arena(48, (32,), [[16]])
-    x = random(3, 48, seed=7)
-    y = torch.zeros(3, 32, dtype=torch.bfloat16)
-    segments = [Segment(0, 0, 3)]
+@pytest.mark.parametrize(
+    ("in_features", "widths"), [(64, (64, 32, 32)), (96, (320,)), (48, (32,))], ids=["qkv", "o", "odd inputs"]
+)
+@pytest.mark.parametrize("ranks", [(1, 8, 64), (16, 40, 33)])
+def test_side_path_in_bfloat16_is_near_float32(
+    backend: str, in_features: int, widths: tuple[int, ...], ranks: tuple[int, ...]
+) -> None:
+    arena = Arena(in_features, widths, [[rank] * len(widths) for rank in ranks] + [[0, *ranks[1:]][: len(widths)]])
+    x = random(62, in_features, seed=7)
+    # One row, a few, whole tiles of rows and one more than these; between them rows without an adapter.
+    segments = [Segment(0, 0, 1), Segment(1, 1, 4), Segment(2, 6, 22), Segment(0, 22, 55), Segment(3, 55, 60)]
+    y = torch.zeros(62, sum(widths), dtype=torch.bfloat16)
     arena.add_to(y, x.bfloat16(), segments)
-    assert relative_error(y, arena.expected(x, segments)) < 2e-2
+    assert relative_error(y, arena.expected(x, segments)) < 1e-2
+    assert not y[[4, 5, 60, 61]].any()

@@ -24,42 +24,6 @@ struct AmxScratch {
     std::vector<BFloat16> copies;   // keys or values that do not lie as they must
 };
 
-// 32 words of two registers, alternately from each: the first or the second half of both.
-inline __m512i interleave_low(__m512i a, __m512i b) {
-    const __m512i index = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
-                                           5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    return _mm512_permutex2var_epi16(a, index, b);
-}
-inline __m512i interleave_high(__m512i a, __m512i b) {
-    const __m512i index = _mm512_set_epi16(63, 31, 62, 30, 61, 29, 60, 28, 59, 27, 58, 26, 57, 25, 56, 24, 55, 23, 54, 22,
-                                           53, 21, 52, 20, 51, 19, 50, 18, 49, 17, 48, 16);
-    return _mm512_permutex2var_epi16(a, index, b);
-}
-
-// 16 × 16 numbers of 32 bits.
-inline void transpose(__m512i (&rows)[16]) {
-    __m512i pairs[16], fours[16];
-    for (int i = 0; i < 16; i += 2) {
-        pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; j++) {
-            fours[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
-            fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
-        }
-    for (int i = 0; i < 4; i++) {  // quarter q of fours[i + 4g] is column 4q + i of rows 4g to 4g + 3
-        const __m512i even = _mm512_shuffle_i32x4(fours[i], fours[i + 4], 0x88);
-        const __m512i odd = _mm512_shuffle_i32x4(fours[i], fours[i + 4], 0xdd);
-        const __m512i even_low = _mm512_shuffle_i32x4(fours[i + 8], fours[i + 12], 0x88);
-        const __m512i odd_low = _mm512_shuffle_i32x4(fours[i + 8], fours[i + 12], 0xdd);
-        rows[i] = _mm512_shuffle_i32x4(even, even_low, 0x88);
-        rows[i + 4] = _mm512_shuffle_i32x4(odd, odd_low, 0x88);
-        rows[i + 8] = _mm512_shuffle_i32x4(even, even_low, 0xdd);
-        rows[i + 12] = _mm512_shuffle_i32x4(odd, odd_low, 0xdd);
-    }
-}
-
 template <int HEAD>
 class AmxAttention {
     static_assert(HEAD % (2 * PAIRS) == 0);
@@ -166,8 +130,7 @@ private:
                 const float* at = scores + (step * STEP_KEYS + 2 * i) * MAX_ROWS;
                 const F32x16 even = exp(load(at) - most), odd = exp(load(at + MAX_ROWS) - most);
                 total += even + odd;
-                const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-                pairs[i] = interleave_low(halves, _mm512_shuffle_i64x2(halves, halves, 0x4e));
+                pairs[i] = pair_up(even, odd);
             }
             transpose(pairs);
             std::memcpy(scratch_.weights.data() + step * TILE, pairs, sizeof pairs);

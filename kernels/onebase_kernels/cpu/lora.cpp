@@ -1,53 +1,29 @@
-// The side path of a projection group: y[rows of a segment] += (x Aᵀ) B for each segment's own adapter.
+// The side path of a projection group: y[rows of a segment] += (x Aᵀ) B for each segment's own adapter. Here is what runs
+// on every machine; lora_amx.h has bfloat16 for those with AMX.
 //
 // Two passes over the work of all segments together, shrink (x Aᵀ) and expand (· B), each cut into pieces of about the
 // same number of bytes to read, for reading the adapters once is what this costs.
 
 #include <algorithm>
+#include <functional>
 #include <vector>
 
+#include "lora_call.h"
 #include "parallel.h"
-#include "simd.h"
-#include "step.h"
+
+#if defined(__AMX_BF16__)
+#include "lora_amx.h"
+#endif
 
 namespace onebase {
-
-constexpr int64_t TABLE_COLUMNS = 4;  // of a row of the table: offset in the arena, ranks of up to three slices
-
-struct AddLora {
-    void* y;        // [rows, num_outputs], to be added to
-    const void* x;  // [rows, num_inputs]
-    const int64_t* widths;  // [num_slices], together num_outputs
-    int64_t num_slices, num_inputs, num_outputs;
-    int64_t place;  // of this projection group in the adapters' table
-    int32_t dtype;
-};
 
 namespace {
 
 constexpr int64_t RANKS = 8;      // rows of A that one piece of the shrink takes
 constexpr int64_t COLUMNS = 1536;  // most columns of B that one piece of the expand takes: long runs of memory
 constexpr int64_t FEW_COLUMNS = 256;  // where there are too few segments to give all threads something
-constexpr int64_t MANY_SEGMENTS = 4;
+constexpr size_t MANY_SEGMENTS = 4;
 constexpr int64_t ROWS = 4;       // rows of x or y that share one reading of A or B
-
-template <class T>
-struct Group {
-    const T* x;
-    T* y;
-    const T* arena;
-    const int64_t* table;  // [slots, TABLE_COLUMNS]
-    const int64_t* widths;
-    int64_t num_slices, num_inputs, num_outputs;
-
-    const int64_t* ranks(const Segment& segment) const { return table + segment.slot * TABLE_COLUMNS + 1; }
-    int64_t total_rank(const Segment& segment) const {
-        int64_t total = 0;
-        for (int64_t i = 0; i < num_slices; i++) total += ranks(segment)[i];
-        return total;
-    }
-    const T* a(const Segment& segment) const { return arena + table[segment.slot * TABLE_COLUMNS]; }
-};
 
 struct ShrinkPiece {
     const Segment* segment;
@@ -93,7 +69,7 @@ inline void dot_rows(const T* x, int64_t x_stride, const T* a, int64_t k, float*
 }
 
 template <class T>
-void shrink(const Group<T>& group, const ShrinkPiece& piece) {
+void shrink(const LoraGroup<T>& group, const ShrinkPiece& piece) {
     const int64_t k = group.num_inputs, rows = piece.segment->stop - piece.segment->start;
     const T* a = group.a(*piece.segment);
     for (int64_t rank = piece.first_rank; rank < piece.last_rank; rank++) {
@@ -145,7 +121,7 @@ inline void expand_one(const ExpandPiece& piece, const T* b, const float* shrunk
 }
 
 template <class T>
-void expand(const Group<T>& group, const ExpandPiece& piece) {
+void expand(const LoraGroup<T>& group, const ExpandPiece& piece) {
     const int64_t rows = piece.segment->stop - piece.segment->start, stride = group.num_outputs;
     const T* b = static_cast<const T*>(piece.b);
     T* y = group.y + piece.segment->start * stride + piece.y_column;
@@ -161,31 +137,30 @@ void expand(const Group<T>& group, const ExpandPiece& piece) {
 }
 
 template <class T>
-void add_lora(const Group<T>& group, const Segment* segments, int64_t num_segments) {
+void add_by_vectors(const LoraGroup<T>& group, const std::vector<Segment>& segments) {
     int64_t size = 0;
-    for (int64_t s = 0; s < num_segments; s++)
-        size += (segments[s].stop - segments[s].start) * group.total_rank(segments[s]);
+    for (const Segment& segment : segments) size += (segment.stop - segment.start) * group.total_rank(segment);
     std::vector<float> all_shrunk(size);
     std::vector<ShrinkPiece> shrinks;
     std::vector<ExpandPiece> expands;
     float* shrunk = all_shrunk.data();
-    const int64_t columns = num_segments < MANY_SEGMENTS ? FEW_COLUMNS : COLUMNS;
-    for (const Segment* segment = segments; segment != segments + num_segments; segment++) {
-        const int64_t total_rank = group.total_rank(*segment);
+    const int64_t columns = segments.size() < MANY_SEGMENTS ? FEW_COLUMNS : COLUMNS;
+    for (const Segment& segment : segments) {
+        const int64_t total_rank = group.total_rank(segment);
         for (int64_t rank = 0; rank < total_rank; rank += RANKS)
-            shrinks.push_back({segment, rank, std::min(rank + RANKS, total_rank), shrunk, total_rank});
-        const T* b = group.a(*segment) + total_rank * group.num_inputs;
+            shrinks.push_back({&segment, rank, std::min(rank + RANKS, total_rank), shrunk, total_rank});
+        const T* b = group.a(segment) + total_rank * group.num_inputs;
         int64_t first_rank = 0, first_column = 0;
         for (int64_t slice = 0; slice < group.num_slices; slice++) {
-            const int64_t rank = group.ranks(*segment)[slice], width = group.widths[slice];
+            const int64_t rank = group.ranks(segment)[slice], width = group.widths[slice];
             for (int64_t column = 0; rank && column < width; column += columns)
-                expands.push_back({segment, b + column, rank, width, std::min(columns, width - column),
+                expands.push_back({&segment, b + column, rank, width, std::min(columns, width - column),
                                    first_column + column, shrunk + first_rank, total_rank});
             b += rank * width;
             first_rank += rank;
             first_column += width;
         }
-        shrunk += (segment->stop - segment->start) * total_rank;
+        shrunk += (segment.stop - segment.start) * total_rank;
     }
     parallel(int64_t(shrinks.size()), [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; i++) shrink(group, shrinks[i]);
@@ -195,6 +170,27 @@ void add_lora(const Group<T>& group, const Segment* segments, int64_t num_segmen
     });
 }
 
+#if defined(__AMX_BF16__)
+constexpr int64_t FEW_ROWS = 2;  // up to so many, a segment's products are as fast without AMX
+#endif
+
+template <class T>
+void add_lora(const LoraGroup<T>& group, const Segment* segments, int64_t num_segments) {
+    std::vector<Segment> by_vectors(segments, segments + num_segments);
+#if defined(__AMX_BF16__)
+    if constexpr (sizeof(T) == sizeof(BFloat16)) {
+        if (AmxLora::carries(group)) {
+            const auto is_long = [](const Segment& segment) { return segment.stop - segment.start > FEW_ROWS; };
+            const auto first_long = std::stable_partition(by_vectors.begin(), by_vectors.end(), std::not_fn(is_long));
+            const std::vector<Segment> by_amx(first_long, by_vectors.end());
+            by_vectors.erase(first_long, by_vectors.end());
+            if (!by_amx.empty()) AmxLora(group, by_amx).run();
+        }
+    }
+#endif
+    if (!by_vectors.empty()) add_by_vectors(group, by_vectors);
+}
+
 }  // namespace
 }  // namespace onebase
 
@@ -202,7 +198,7 @@ void add_lora(const Group<T>& group, const Segment* segments, int64_t num_segmen
 ONEBASE_EXPORT void onebase_add_lora(const onebase::AddLora* call, const onebase::Step* step) {
     if (step->num_segments == 0) return;
     onebase::dispatch(call->dtype, [&]<class T>() {
-        const onebase::Group<T> group{
+        const onebase::LoraGroup<T> group{
             static_cast<const T*>(call->x), static_cast<T*>(call->y), static_cast<const T*>(step->arena),
             step->adapter_table + call->place * step->slots * onebase::TABLE_COLUMNS, call->widths, call->num_slices,
             call->num_inputs, call->num_outputs};
