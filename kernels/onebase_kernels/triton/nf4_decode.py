@@ -63,8 +63,8 @@ conditions above; the tests hold both."""
 
 def nf4_values() -> Tensor:
     """fp32 [16]: NF4's values in the order of the recoded codes; zero is the smaller of a negative pair, so -0.0."""
-    values = torch.empty(16)
-    values[list(RECODED)] = torch.tensor([value or -0.0 for value in NF4_VALUES])
+    values = torch.empty(16, device="cpu")
+    values[list(RECODED)] = torch.tensor([value or -0.0 for value in NF4_VALUES], device="cpu")
     return values
 
 
@@ -144,13 +144,13 @@ def load_tables(tables_ptr, rows, COPIES: tl.constexpr):
 
 
 @triton.jit
-def decode_with_permutations(words, tables, like):
-    """The eight numbers of each word, in the type of `like`, those of the low halves of its bytes first."""
+def decode_with_permutations(words, tables, like_ptr):
+    """The eight numbers of each word, in the type that `like_ptr` points to, those of its bytes' low halves first."""
     return tl.inline_asm_elementwise(
         DECODE_ASM,
         "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r,r,r,r",
         [words, tables[0], tables[1], tables[2], tables[3], tables[4], tables[5]],
-        dtype=(like.dtype,) * 8,
+        dtype=(like_ptr.dtype.element_ty,) * 8,
         is_pure=True,
         pack=1,
     )
@@ -172,6 +172,17 @@ def decode_with_loads(words, values_ptr):
 
 
 def is_interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter, on the CPU and without inline assembly."""
+    """Whether Triton runs kernels in its interpreter, which knows no inline assembly."""
     interpret: Any = triton.knobs.runtime.interpret
     return bool(interpret)
+
+
+def decoding(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
+    """What a kernel is given to decode to an operand type, or to fp32, which has no codebook: a table and constants."""
+    codebook = CODEBOOKS.get(dtype)
+    if codebook is None:
+        return nf4_values_on(device), {"PERMUTE": False, "INPUT_SCALE": 1.0, "OUTPUT_SCALE": 1.0}
+    if is_interpreted():
+        return multiples_on(device, dtype), {"PERMUTE": False, "INPUT_SCALE": 1.0, "OUTPUT_SCALE": 1 / codebook.steps}
+    scales = {"INPUT_SCALE": codebook.input_scale, "OUTPUT_SCALE": codebook.output_scale}
+    return byte_tables_on(device, dtype), {"PERMUTE": True, **scales}

@@ -19,13 +19,10 @@ from onebase_kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from onebase_kernels.triton.nf4_decode import (
     CODEBOOKS,
     TABLE_COPIES,
-    byte_tables_on,
     decode_with_loads,
     decode_with_permutations,
-    is_interpreted,
+    decoding,
     load_tables,
-    multiples_on,
-    nf4_values_on,
 )
 from onebase_kernels.triton.nf4_packing import TILE_ROWS, FragmentNf4
 from onebase_kernels.triton.plans import MAX_FUSED_ROWS, Plan, plan_for
@@ -38,6 +35,7 @@ _TILE_WORDS = tl.constexpr(TILE_ROWS * BLOCK_SIZE // 8)
 _COPIES = tl.constexpr(TABLE_COPIES)
 
 _CHUNK_BYTES = 28 << 20  # of dequantised weights; they stay in the L2 cache (50 MB and more) until they are used
+_BLOCKS_TOGETHER = 4  # dequantised by one program
 _SUM_BLOCK = 512
 
 
@@ -126,7 +124,7 @@ def fused_kernel(
             scales = _load_scales(scales_ptr + (i + u) * _TILE_ROWS, map_ptr, nested, offsets, NESTED)
             if PERMUTE:
                 lifted = (x * INPUT_SCALE).to(x.dtype)
-                numbers = decode_with_permutations(words[u], tables, x)
+                numbers = decode_with_permutations(words[u], tables, x_ptr)
             else:  # Triton's interpreter takes bfloat16 for whole numbers in a dot
                 lifted = x.to(tl.float32)
                 numbers = decode_with_loads(words[u], tables_ptr)
@@ -139,60 +137,71 @@ def fused_kernel(
     tl.store(out_ptr, sums.to(out_ptr.dtype.element_ty), mask=is_row)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["num_rows"])
 def sum_planes_kernel(
     planes_ptr,
     bias_ptr,
     out_ptr,
-    size,
+    num_rows,
     N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out [M, N] = the sum of planes [SPLITS, M, N], first to last, and the bias [N]; size is M · N."""
+    """out [M, N] = the sum of planes [SPLITS, M, N], first to last, and the bias [N]."""
+    size = num_rows.to(tl.int64) * N
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_there = at < size
     total = tl.load(planes_ptr + at, mask=is_there)
     for split in tl.static_range(1, SPLITS):
-        total += tl.load(planes_ptr + split * size.to(tl.int64) + at, mask=is_there)
+        total += tl.load(planes_ptr + split * size + at, mask=is_there)
     if HAS_BIAS:
         total += tl.load(bias_ptr + at % N, mask=is_there).to(tl.float32)
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=is_there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile"])
 def dequantize_kernel(
     codes_ptr,
     scales_ptr,
     nested_ptr,
     offsets_ptr,
     map_ptr,
-    values_ptr,
+    tables_ptr,
     out_ptr,
     first_tile,
     K: tl.constexpr,
     NESTED: tl.constexpr,
+    PERMUTE: tl.constexpr,
+    INPUT_SCALE: tl.constexpr,
+    OUTPUT_SCALE: tl.constexpr,
+    COUNT: tl.constexpr,
 ):
-    """One block of a tile's outputs, [64, 64], to its place in out [outputs of the tiles from `first_tile` on, K]."""
+    """COUNT blocks of a tile's outputs, [64, 64] each, to out [outputs of the tiles from `first_tile` on, K]."""
     BLOCKS: tl.constexpr = K // _BLOCK
     tile = first_tile + tl.program_id(1)
-    block = tl.program_id(0)
+    first = tl.program_id(0) * COUNT
     row = tl.arange(0, _TILE_ROWS)
-    words = tl.load(
-        codes_ptr
-        + _code_offsets(tile.to(tl.int64) * (_TILE_ROWS // 2) + tl.arange(0, _TILE_ROWS // 2), BLOCKS)
-        + block * _TILE_WORDS
-    )
+    pair = tl.arange(0, _TILE_ROWS // 2)
+    codes_ptr += (tile.to(tl.int64) * BLOCKS + first) * _TILE_WORDS
+    scales_ptr += (tile * BLOCKS + first) * _TILE_ROWS + row
+    out_ptr += (tl.program_id(1).to(tl.int64) * _TILE_ROWS + row)[:, None] * K + tl.arange(0, _BLOCK)[None, :]
+    words = _load_words(codes_ptr + _code_offsets(pair, BLOCKS), COUNT)
+    tables = load_tables(tables_ptr, pair, _COPIES) if PERMUTE else ()
     nested, offset = 0.0, 0.0
     if NESTED:
         offset = tl.load(offsets_ptr + tile)
-        nested = tl.load(nested_ptr + ((tile * _TILE_ROWS + row) * BLOCKS + block) // _NESTED_BLOCK)
-    scales_ptr += (tile * BLOCKS + block) * _TILE_ROWS + row
-    scales = _load_scales(scales_ptr, map_ptr, nested, offset, NESTED)
-    weights = _as_operand(decode_with_loads(words, values_ptr), _TILE_ROWS) * scales[:, None]
-    at = (tl.program_id(1).to(tl.int64) * _TILE_ROWS + row)[:, None] * K + block * _BLOCK
-    tl.store(out_ptr + at + tl.arange(0, _BLOCK)[None, :], weights.to(out_ptr.dtype.element_ty))
+        nested = tl.load(nested_ptr + ((tile * _TILE_ROWS + row) * BLOCKS + first) // _NESTED_BLOCK)
+    for i in tl.static_range(COUNT):
+        scales = _load_scales(scales_ptr + i * _TILE_ROWS, map_ptr, nested, offset, NESTED)
+        # Two steps, for the scales alone would be too large for fp32.
+        if PERMUTE:
+            operand = _as_operand(decode_with_permutations(words[i], tables, out_ptr), _TILE_ROWS)
+            lifted = (operand * INPUT_SCALE).to(tl.float32)
+        else:
+            lifted = _as_operand(decode_with_loads(words[i], tables_ptr), _TILE_ROWS) * INPUT_SCALE
+        weights = lifted * (scales * OUTPUT_SCALE)[:, None]
+        tl.store(out_ptr + (first + i) * _BLOCK, weights.to(out_ptr.dtype.element_ty))
 
 
 def nf4_linear(x: Tensor, packed: FragmentNf4, bias: Tensor | None = None) -> Tensor:
@@ -209,9 +218,7 @@ def nf4_linear(x: Tensor, packed: FragmentNf4, bias: Tensor | None = None) -> Te
 def fused_linear(x: Tensor, packed: FragmentNf4, bias: Tensor | None, plan: Plan) -> Tensor:
     """`nf4_linear` of x [M, K], contiguous bf16 or fp16, cut as `plan` says."""
     (num_rows, k), n = x.shape, packed.out_features
-    codebook = CODEBOOKS[x.dtype]
-    permute = not is_interpreted()
-    tables = byte_tables_on(x.device, x.dtype) if permute else multiples_on(x.device, x.dtype)
+    tables, constants = decoding(x.dtype, x.device)
     y = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
     has_planes = plan.splits > 1
     planes = torch.empty(plan.splits, num_rows, n, device=x.device) if has_planes else y
@@ -225,11 +232,9 @@ def fused_linear(x: Tensor, packed: FragmentNf4, bias: Tensor | None, plan: Plan
         num_rows,
         N=n,
         K=k,
-        INPUT_SCALE=codebook.input_scale,
-        OUTPUT_SCALE=codebook.output_scale if permute else 1 / codebook.steps,
+        **constants,
         NESTED=packed.nested is not None,
         HAS_BIAS=bias is not None and not has_planes,
-        PERMUTE=permute,
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
         SPLITS=plan.splits,
@@ -239,7 +244,7 @@ def fused_linear(x: Tensor, packed: FragmentNf4, bias: Tensor | None, plan: Plan
     )
     if has_planes:
         sum_planes_kernel[(triton.cdiv(y.numel(), _SUM_BLOCK),)](
-            planes, bias, y, y.numel(), N=n, HAS_BIAS=bias is not None, SPLITS=plan.splits, BLOCK=_SUM_BLOCK
+            planes, bias, y, num_rows, N=n, HAS_BIAS=bias is not None, SPLITS=plan.splits, BLOCK=_SUM_BLOCK
         )
     return y
 
@@ -260,17 +265,24 @@ def chunked_linear(x: Tensor, packed: FragmentNf4, bias: Tensor | None) -> Tenso
 
 
 def dequantize(packed: FragmentNf4, first_tile: int, num_tiles: int, dtype: torch.dtype) -> Tensor:
-    """The weights of some tiles of outputs, [64 · num_tiles, K]: fp32 products, rounded once to `dtype`."""
+    """The weights of some tiles of outputs, [64 · num_tiles, K]: fp32 products, rounded once to `dtype`.
+
+    In fp32 they are NF4's; in bf16 and fp16 those that `fused_linear` multiplies with.
+    """
     k = packed.in_features
-    device = packed.codes.device
-    out = torch.empty(num_tiles * TILE_ROWS, k, dtype=dtype, device=device)
-    dequantize_kernel[(k // BLOCK_SIZE, num_tiles)](
+    tables, constants = decoding(dtype, packed.codes.device)
+    out = torch.empty(num_tiles * TILE_ROWS, k, dtype=dtype, device=packed.codes.device)
+    blocks = k // BLOCK_SIZE
+    count = 1 if blocks % _BLOCKS_TOGETHER else _BLOCKS_TOGETHER
+    dequantize_kernel[(blocks // count, num_tiles)](
         *_operands(packed),
-        nf4_values_on(device),
+        tables,
         out,
         first_tile,
         K=k,
         NESTED=packed.nested is not None,
+        COUNT=count,
+        **constants,
         num_warps=4,
     )
     return out

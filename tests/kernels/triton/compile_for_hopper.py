@@ -18,7 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from onebase_kernels import AttentionBatch, LoraBatch, Segment
-from onebase_kernels.triton import attention, elementwise, lora
+from onebase_kernels.triton import attention, elementwise, lora, nf4_linear
+from onebase_kernels.triton.nf4_packing import FragmentNf4
+from onebase_kernels.triton.plans import default_plan
 
 NVDISASM = Path(triton.__path__[0]) / "backends/nvidia/bin/nvdisasm"
 BLOCK_SIZE, KV_HEADS, PLACES = 16, 8, 2
@@ -39,6 +41,17 @@ class NoDevice:
 
 def zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+def nf4_weights(n: int, k: int) -> FragmentNf4:
+    codes = torch.zeros(n // 64, k // 64, 512, dtype=torch.int32)
+    scales = torch.zeros(n // 64, k // 64, 64, dtype=torch.uint8)
+    return FragmentNf4(codes, scales, torch.zeros(n * k // 64 // 256), torch.zeros(n // 64), torch.zeros(256), (n,), k)
+
+
+def fused_product(rows: int) -> None:
+    plan = default_plan(rows, 4096, 4096, processors=132)
+    nf4_linear.fused_linear(zeros(rows, 4096), nf4_weights(4096, 4096), None, plan)
 
 
 def side_path(segments: tuple[Segment, ...]) -> None:
@@ -63,6 +76,11 @@ def write_kv() -> None:
 
 
 CASES: dict[str, Callable[[], Any]] = {
+    "nf4, 1 row": lambda: fused_product(1),
+    "nf4, 32 rows": lambda: fused_product(32),
+    "nf4, 64 rows": lambda: fused_product(64),
+    "nf4, 256 rows": lambda: fused_product(256),
+    "nf4, dequantized": lambda: nf4_linear.dequantize(nf4_weights(64, 4096), 0, 1, torch.bfloat16),
     "side path, decode": lambda: side_path((Segment(0, 0, 1), Segment(1, 1, 3))),
     "side path, prefill": lambda: side_path((Segment(0, 0, 100),)),
     "attention, decode": lambda: attend([1, 1], 1000, 4, 128),
