@@ -98,7 +98,7 @@ def fused_kernel(
     SPLITS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """A tile of y, out [M, N]; or its partial sums over one split of the inputs, out fp32 [SPLITS, M, N]."""
+    """A tile of y, out [M, N]; or its sums over one split of the inputs, not scaled yet, out fp32 [SPLITS, M, N]."""
     BLOCKS: tl.constexpr = K // _BLOCK
     SPLIT_BLOCKS: tl.constexpr = BLOCKS // SPLITS
     split = tl.program_id(1)
@@ -130,7 +130,8 @@ def fused_kernel(
                 numbers = decode_with_loads(words[u], tables_ptr)
             sums += tl.dot(_as_operand(numbers, BLOCK_N), lifted) * scales[:, None]
 
-    sums *= OUTPUT_SCALE
+    if SPLITS == 1:
+        sums *= OUTPUT_SCALE
     if HAS_BIAS:
         sums += tl.load(bias_ptr + n).to(tl.float32)[:, None]
     out_ptr += (split * num_rows + m[None, :].to(tl.int64)) * N + n[:, None]
@@ -144,17 +145,19 @@ def sum_planes_kernel(
     out_ptr,
     num_rows,
     N: tl.constexpr,
+    OUTPUT_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out [M, N] = the sum of planes [SPLITS, M, N], first to last, and the bias [N]."""
+    """out [M, N] = the scaled sum of planes [SPLITS, M, N], first to last, and the bias [N]."""
     size = num_rows.to(tl.int64) * N
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_there = at < size
     total = tl.load(planes_ptr + at, mask=is_there)
     for split in tl.static_range(1, SPLITS):
         total += tl.load(planes_ptr + split * size + at, mask=is_there)
+    total *= OUTPUT_SCALE
     if HAS_BIAS:
         total += tl.load(bias_ptr + at % N, mask=is_there).to(tl.float32)
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=is_there)
@@ -244,7 +247,15 @@ def fused_linear(x: Tensor, packed: FragmentNf4, bias: Tensor | None, plan: Plan
     )
     if has_planes:
         sum_planes_kernel[(triton.cdiv(y.numel(), _SUM_BLOCK),)](
-            planes, bias, y, num_rows, N=n, HAS_BIAS=bias is not None, SPLITS=plan.splits, BLOCK=_SUM_BLOCK
+            planes,
+            bias,
+            y,
+            num_rows,
+            N=n,
+            OUTPUT_SCALE=constants["OUTPUT_SCALE"],
+            HAS_BIAS=bias is not None,
+            SPLITS=plan.splits,
+            BLOCK=_SUM_BLOCK,
         )
     return y
 
