@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check format bench
+.PHONY: help install serve test test-gpu check format bench
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,16 @@ serve: install ## Serve the demo base and its three characters (HOST=, PORT=, AR
 test: install ## Run the whole suite (ARGS= goes to pytest)
 	@$(BIN)/onebase demo
 	$(BIN)/python -m pytest $(ARGS)
+
+# On the machine as it is: torch, Triton and pytest are enough, nothing is installed. cuBLAS wants its setting for results
+# that repeat themselves.
+test-gpu: export PYTHONPATH := kernels
+test-gpu: export CUBLAS_WORKSPACE_CONFIG := :4096:8
+test-gpu: GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+test-gpu: ## Test the GPU's kernels on the GPU at hand, whole numbers first (PYTHON= if there is no .venv, ARGS=)
+	$(GPU_PYTHON) -m pytest --confcutdir=tests/gpu tests/gpu $(ARGS)
+	$(GPU_PYTHON) -m pytest --confcutdir=tests/kernels tests/kernels/triton tests/kernels/test_linear.py \
+		tests/kernels/test_attention.py tests/kernels/test_elementwise.py -k triton $(ARGS)
 
 check: install ## Lint (ruff) and type-check (mypy, strict)
 	$(BIN)/ruff check .

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import get_args
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -37,10 +36,12 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def triton_device(triton_interpreter: None) -> Iterator[None]:
+def triton_device(request: pytest.FixtureRequest) -> Iterator[None]:
     """Tensors lie where Triton's kernels run, unless a test says otherwise."""
     if torch.cuda.is_available():
         torch.set_default_device("cuda")
+    else:
+        request.getfixturevalue("triton_interpreter")
     yield
     torch.set_default_device(None)
 
@@ -52,6 +53,8 @@ def triton_interpreter() -> Iterator[None]:
     That of 3.6 takes the bits of bfloat16 for whole numbers in products, cuts off where the GPU rounds to it, and under
     NumPy 2.4 has no loops up to a bound that a kernel has computed.
     """
+    import ml_dtypes  # which a machine with a GPU may lack
+
     tl, interpreter = pytest.importorskip("triton.language"), pytest.importorskip("triton.runtime.interpreter")
     builder, patch_tensor = interpreter.InterpreterBuilder, interpreter._patch_lang_tensor
     cast, dot = builder.cast_impl, builder.create_dot
