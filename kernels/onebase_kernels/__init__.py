@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from onebase_kernels import reference
-from onebase_kernels.batch import AttentionBatch, LoraBatch, Segment, StepInputs
+from onebase_kernels.batch import AttentionBatch, LoraBatch, SamplingBatch, Segment, StepInputs
 from onebase_kernels.cpu.library import LibraryUnavailable, load_library
 from onebase_kernels.nf4 import NestedScales, Nf4Group, Nf4Weight, PackedNf4, dequantize_nf4, quantize_nf4
 
@@ -23,12 +23,14 @@ __all__ = [
     "Nf4Group",
     "Nf4Weight",
     "PackedNf4",
+    "SamplingBatch",
     "Segment",
     "StepInputs",
     "add_lora_",
     "add_rms_norm_",
     "apply_rope_",
     "best_backend",
+    "choose_tokens",
     "dense_linear",
     "dequantize_nf4",
     "embed",
@@ -85,11 +87,12 @@ add_rms_norm_ = _dispatched(reference.add_rms_norm_)
 apply_rope_ = _dispatched(reference.apply_rope_)
 silu_mul = _dispatched(reference.silu_mul)
 head_logits = _dispatched(reference.head_logits)
+choose_tokens = _dispatched(reference.choose_tokens)
 set_num_threads = _dispatched(reference.set_num_threads)
 
 OPS = (
     *(pack_nf4, record, embed, nf4_linear, dense_linear, add_lora_, write_kv_, paged_attention),
-    *(rms_norm, add_rms_norm_, apply_rope_, silu_mul, head_logits, set_num_threads),
+    *(rms_norm, add_rms_norm_, apply_rope_, silu_mul, head_logits, choose_tokens, set_num_threads),
 )
 """Everything that a back end may compute."""
 

@@ -63,3 +63,19 @@ class StepInputs:
     """int64 [T], of each token in its request."""
     attention: AttentionBatch
     lora: LoraBatch
+
+
+@dataclass(frozen=True, eq=False)
+class SamplingBatch:
+    """How the next token of each of R rows of logits is chosen."""
+
+    temperature: Tensor
+    """fp32 [R]; 0 takes the best token."""
+    top_k: Tensor
+    """int64 [R]; 0 for no limit."""
+    top_p: Tensor
+    """fp32 [R]; 1 for no limit."""
+    min_p: Tensor
+    """fp32 [R]; 0 for no limit."""
+    uniform: Tensor
+    """fp64 [R], in [0, 1): the row's random number."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from onebase_kernels.batch import AttentionBatch, LoraBatch, StepInputs
+from onebase_kernels.batch import AttentionBatch, LoraBatch, SamplingBatch, StepInputs
 from onebase_kernels.nf4 import Nf4Group, Nf4Weight, PackedNf4, dequantize_nf4, join_linears
 
 
@@ -151,6 +151,51 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """`silu(gate) · up` of gate_up [T, 2I], the gate's columns first → [T, I] (SwiGLU, arXiv 2002.05202)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def choose_tokens(logits: Tensor, sampling: SamplingBatch) -> Tensor:
+    """One token id for each row of fp32 logits [R, V], by that row's parameters alone → int64 [R].
+
+    is given at which the cumulative mass exceeds the row's `uniform` share of the whole.
+    are put in a row, the likeliest first, or all tokens in their own order where nothing limits them by rank; the one
+    is taken at which the cumulative mass exceeds the row's `uniform` share of the whole.
+    """
+    tokens = logits.argmax(dim=-1)
+    is_ranked = (sampling.top_k > 0) | (sampling.top_p < 1)
+    is_random = sampling.temperature > 0
+    for rows, limit in ((is_random & ~is_ranked, _limit_min_p), (is_random & is_ranked, _limit_ranks)):
+        if not rows.any():
+            continue
+        probs = torch.softmax(logits[rows] / sampling.temperature[rows].unsqueeze(-1), dim=-1)
+        kept, order = limit(probs, sampling, rows)
+        chosen = _invert_cdf(kept, sampling.uniform[rows].unsqueeze(-1))
+        tokens[rows] = chosen if order is None else order.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+    return tokens
+
+
+def _limit_min_p(probs: Tensor, sampling: SamplingBatch, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Probabilities in the tokens' own order, 0 where min-p drops them."""
+    best = probs.amax(dim=-1, keepdim=True)
+    return probs.masked_fill(probs < sampling.min_p[rows].unsqueeze(-1) * best, 0.0), None
+
+
+def _limit_ranks(probs: Tensor, sampling: SamplingBatch, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Probabilities, the largest first and 0 where a limit drops them, and whose they are."""
+    probs, order = probs.sort(dim=-1, descending=True, stable=True)
+    top_k, top_p, min_p = (limit[rows].unsqueeze(-1) for limit in (sampling.top_k, sampling.top_p, sampling.min_p))
+    ranks = torch.arange(probs.shape[-1], device=probs.device)
+    probs = probs.masked_fill((top_k > 0) & (ranks >= top_k), 0.0)
+    before = probs.cumsum(dim=-1, dtype=torch.float64) - probs
+    outside = (before >= top_p * probs.sum(dim=-1, keepdim=True)) | (probs < min_p * probs[:, :1])
+    outside[:, 0] = False
+    return probs.masked_fill(outside, 0.0), order
+
+
+def _invert_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
+    """The first index at which the cumulative mass exceeds `uniform` of the total; a token of mass 0 is never it."""
+    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
+    found = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    return found.squeeze(-1).clamp_max(probs.shape[-1] - 1)
 
 
 def set_num_threads(count: int) -> None:

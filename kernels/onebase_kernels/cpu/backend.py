@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from onebase_kernels import reference, sdpa_attention
-from onebase_kernels.batch import AttentionBatch, LoraBatch, StepInputs
+from onebase_kernels.batch import AttentionBatch, LoraBatch, SamplingBatch, StepInputs
 from onebase_kernels.cpu import calls, execution
 from onebase_kernels.cpu.calls import DTYPES, Step
 from onebase_kernels.cpu.execution import empty, run
@@ -245,6 +245,27 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     call = calls.SiluMul(gate_up=gate_up.data_ptr(), y=y.data_ptr(), size=size, dtype=DTYPES[gate_up.dtype])
     run(call, Step(rows=gate_up.shape[0]))
     return y
+
+
+def choose_tokens(logits: Tensor, sampling: SamplingBatch) -> Tensor:
+    """As `reference.choose_tokens`."""
+    parameters = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, sampling.uniform)
+    if logits.dtype != torch.float32 or not _are_plain(logits, *parameters):
+        return reference.choose_tokens(logits, sampling)
+    tokens = torch.empty(logits.shape[0], dtype=torch.int64)
+    call = calls.ChooseTokens(
+        logits=logits.data_ptr(),
+        temperature=sampling.temperature.data_ptr(),
+        top_k=sampling.top_k.data_ptr(),
+        top_p=sampling.top_p.data_ptr(),
+        min_p=sampling.min_p.data_ptr(),
+        uniform=sampling.uniform.data_ptr(),
+        tokens=tokens.data_ptr(),
+        rows=logits.shape[0],
+        vocab=logits.shape[1],
+    )
+    execution.library.onebase_choose_tokens(ctypes.byref(call))
+    return tokens
 
 
 def set_num_threads(count: int) -> None:

@@ -173,6 +173,22 @@ class WriteCache(ctypes.Structure):
     _fields_ = (("x", Pointer), ("row_stride", Int), ("row_bytes", Int), ("cache", Pointer))
 
 
+class ChooseTokens(ctypes.Structure):
+    """sampling.cpp; not an op of a step, for its rows are those that sample."""
+
+    _fields_ = (
+        ("logits", Pointer),
+        ("temperature", Pointer),
+        ("top_k", Pointer),
+        ("top_p", Pointer),
+        ("min_p", Pointer),
+        ("uniform", Pointer),
+        ("tokens", Pointer),
+        ("rows", Int),
+        ("vocab", Int),
+    )
+
+
 Call = Nf4Linear | DenseLinear | AddLora | Attention | Embed | RmsNorm | Rope | SiluMul | WriteCache
 """An op with its operands; `op` names the function that runs it."""
 

@@ -1,8 +1,7 @@
-"""Chooses the next token of each row from its logits.
+"""The next token of each row: penalties, then the row's own parameters and random number.
 
 A row's choice depends on its own logits, history, parameters and seed alone, never on the rows beside it: randomness is
-one uniform number per (seed, position), pushed through the inverse of the cumulative distribution. It knows no batch
-and no KV cache.
+one uniform number per (seed, position). How it chooses among the tokens is an op (`onebase_kernels.choose_tokens`).
 """
 
 import hashlib
@@ -12,6 +11,8 @@ from collections.abc import Sequence as Rows
 import torch
 from torch import Tensor
 
+import onebase_kernels as kernels
+from onebase_kernels import SamplingBatch
 from onebase_server.engine.request import Logprob, SamplingParams
 from onebase_server.engine.sequence import Sequence
 
@@ -20,20 +21,31 @@ GREEDY_BELOW = 1e-5
 
 
 def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[int]:
-    """One token id per row of `logits` [R, vocab] (float32, changed in place by penalties and temperature)."""
-    for row, sequence in zip(logits, sequences, strict=True):
-        apply_penalties_(row, sequence)
-    tokens = logits.argmax(dim=-1)
-    for rows, choose in (
-        ([i for i, s in enumerate(sequences) if _is_random(s.sampling) and not _is_filtered(s.sampling)], _choose),
-        ([i for i, s in enumerate(sequences) if _is_random(s.sampling) and _is_filtered(s.sampling)], _choose_filtered),
-    ):
-        if rows:
-            params = [sequences[i].sampling for i in rows]
-            scaled = logits[rows] / _column([p.temperature for p in params], logits)
-            uniform = _column([uniform_number(sequences[i].seed, sequences[i].num_tokens) for i in rows], logits)
-            tokens[rows] = choose(torch.softmax(scaled, dim=-1), uniform, params)
-    return [int(token) for token in tokens.tolist()]
+    """One token id per row of `logits` [R, vocab] (fp32, changed in place by penalties)."""
+    for row, sequence in enumerate(sequences):
+        if _is_penalised(sequence.sampling):
+            apply_penalties_(logits[row], sequence)
+    tokens: list[int] = kernels.choose_tokens(logits, _sampling_batch(sequences, logits.device)).tolist()
+    return tokens
+
+
+def _is_penalised(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1.0 or bool(params.presence_penalty or params.frequency_penalty)
+
+
+def _sampling_batch(sequences: Rows[Sequence], device: torch.device) -> SamplingBatch:
+    params = [sequence.sampling for sequence in sequences]
+    is_random = [p.temperature >= GREEDY_BELOW for p in params]
+    uniform = [uniform_number(s.seed, s.num_tokens) if r else 0.0 for s, r in zip(sequences, is_random, strict=True)]
+    return SamplingBatch(
+        temperature=torch.tensor([p.temperature if r else 0.0 for p, r in zip(params, is_random, strict=True)]).to(
+            device
+        ),
+        top_k=torch.tensor([p.top_k for p in params]).to(device),
+        top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32).to(device),
+        min_p=torch.tensor([p.min_p for p in params], dtype=torch.float32).to(device),
+        uniform=torch.tensor(uniform, dtype=torch.float64).to(device),
+    )
 
 
 def apply_penalties_(logits: Tensor, sequence: Sequence) -> None:
@@ -70,46 +82,3 @@ def chosen_logprobs(logits: Tensor, token_ids: Rows[int], num_top: int) -> list[
             token_ids, chosen, best.indices.tolist(), best.values.tolist(), strict=True
         )
     ]
-
-
-def _is_random(params: SamplingParams) -> bool:
-    return params.temperature >= GREEDY_BELOW
-
-
-def _is_filtered(params: SamplingParams) -> bool:
-    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
-
-
-def _column(values: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device).unsqueeze(-1)
-
-
-def _choose(probs: Tensor, uniform: Tensor, _: list[SamplingParams]) -> Tensor:
-    """Inverse-CDF sampling over the whole vocabulary, [R, vocab] → [R]."""
-    return _invert_cdf(probs, uniform)
-
-
-def _choose_filtered(probs: Tensor, uniform: Tensor, params: list[SamplingParams]) -> Tensor:
-    """The same over the tokens that survive top-k, then top-p (arXiv 1904.09751) and min-p (arXiv 2407.01082)."""
-    probs, order = probs.sort(dim=-1, descending=True, stable=True)
-    vocab = probs.shape[-1]
-    ranks = torch.arange(vocab, device=probs.device)
-    top_k = torch.tensor([p.top_k or vocab for p in params], device=probs.device).unsqueeze(-1)
-    probs = probs.masked_fill(ranks >= top_k, 0.0)
-    before = probs.cumsum(dim=-1, dtype=torch.float64) - probs
-    kept_mass = probs.sum(dim=-1, keepdim=True)
-    outside = (before >= _column([p.top_p for p in params], probs) * kept_mass) | (
-        probs < _column([p.min_p for p in params], probs) * probs[:, :1]
-    )
-    outside[:, 0] = False
-    return order.gather(-1, _invert_cdf(probs.masked_fill(outside, 0.0), uniform).unsqueeze(-1)).squeeze(-1)
-
-
-def _invert_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
-    """The first index at which the cumulative mass exceeds `uniform` of the total; a token of mass 0 is never it."""
-    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
-    return (
-        torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-        .squeeze(-1)
-        .clamp_max(probs.shape[-1] - 1)
-    )
