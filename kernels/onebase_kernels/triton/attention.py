@@ -19,8 +19,10 @@ from onebase_kernels.batch import AttentionBatch
 _PREFILL_ROWS = 64  # of a tile: queries times query heads of a KV head
 _MAX_SPLITS = 32
 _DECODE_SPLIT, _PREFILL_SPLIT = 256, 2048  # keys, fewer than which are not worth a program of their own
+_KEY_BYTES = 1 << 14  # of keys, and as many of values, taken at a time
 _LOG2_E = 1.4426950408889634
 
+_FP32 = tl.constexpr("tf32x3")  # how tensor cores multiply fp32: in three products, which loses next to nothing
 _TILE_COLUMNS = tl.constexpr(4)  # request, its first query's row, number of queries, the first one's position
 
 
@@ -96,7 +98,7 @@ def attend_kernel(
         blocks = tl.load(table_ptr + keys // BLOCK_SIZE, mask=has_key, other=0).to(tl.int64)
         cache_rows = ((blocks * BLOCK_SIZE + keys % BLOCK_SIZE) * KV_HEADS + kv_head) * HEAD_DIM
         k = tl.load(k_cache_ptr + cache_rows[:, None] + dims[None, :], mask=has_key[:, None] & has_dim, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.dot(q, tl.trans(k), input_precision=_FP32) * scale
         is_seen = has_key[None, :] & (keys[None, :] <= positions[:, None])
         if WINDOW:
             is_seen &= keys[None, :] > positions[:, None] - WINDOW
@@ -108,7 +110,7 @@ def attend_kernel(
         most = new_most
         total = total * shrink + tl.sum(weights, axis=1)
         v = tl.load(v_cache_ptr + cache_rows[:, None] + dims[None, :], mask=has_key[:, None] & has_dim, other=0.0)
-        sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None], input_precision="ieee")
+        sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None], input_precision=_FP32)
 
     if IS_SPLIT:
         tile_row = (tile.to(tl.int64) * KV_HEADS + kv_head) * (QUERIES * GROUP) + rows
@@ -211,7 +213,7 @@ def _attend(
         sums = out.new_empty(num_tiles, kv_heads, tile_rows, num_splits, head_dim, dtype=torch.float32)
         stats = out.new_empty(num_tiles, kv_heads, tile_rows, num_splits, 2, dtype=torch.float32)
     rows, dims = (max(16, triton.next_power_of_2(number)) for number in (tile_rows, head_dim))
-    keys = 64 if dims * q.element_size() <= 256 else 32
+    keys = max(16, min(64, _KEY_BYTES // (dims * q.element_size())))
     cut = (window or 0, tiles.min_split, _MAX_SPLITS, tiles.queries)
     attend_kernel[(num_tiles, kv_heads, num_splits)](
         *(q, k_cache, v_cache, block_tables, tiles.table, out, sums, stats),

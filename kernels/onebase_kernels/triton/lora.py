@@ -39,8 +39,9 @@ _FEW_TOKENS = Tiling(tokens=16, ranks=16, splits=8, outputs=256)
 _MANY_TOKENS = Tiling(tokens=32, ranks=32, splits=2, outputs=128)
 
 _RANK_PARTS = 4  # of an adapter's ranks among programs of the shrink, each of which takes every fourth block of them
-_INPUTS = 256  # of a program of the shrink, read at a time
+_INPUT_BYTES = 512  # of a row, which a program of the shrink reads at a time
 
+_FP32 = tl.constexpr("tf32x3")  # how tensor cores multiply fp32: in three products, which loses next to nothing
 _TILE_COLUMNS = tl.constexpr(3)  # slot, first token, token after the last
 _TABLE_COLUMNS = tl.constexpr(4)  # offset, ranks of up to three slices
 
@@ -84,7 +85,7 @@ def shrink_kernel(
             inputs = (first_input + tl.arange(0, INPUTS))[None, :]
             x = tl.load(x_rows + inputs, mask=has_token & (inputs < IN_FEATURES), other=0.0)
             a = tl.load(a_rows + inputs, mask=has_rank[:, None] & (inputs < IN_FEATURES), other=0.0)
-            sums = tl.dot(x, tl.trans(a), sums, input_precision="ieee")
+            sums = tl.dot(x, tl.trans(a), sums, input_precision=_FP32)
         tl.store(plane_rows + ranks[None, :], sums, mask=has_token & has_rank[None, :])
 
 
@@ -148,7 +149,7 @@ def expand_kernel(
             plane = plane_rows + split * num_tokens.to(tl.int64) * plane_stride
             shrunk += tl.load(plane + ranks[None, :], mask=has_token & has_rank[None, :], other=0.0)
         b = tl.load(b_ptr + ranks[:, None] * width + columns, mask=has_rank[:, None] & has_column, other=0.0)
-        sums = tl.dot(shrunk.to(b.dtype), b, sums, input_precision="ieee")
+        sums = tl.dot(shrunk.to(b.dtype), b, sums, input_precision=_FP32)
     tl.store(y_rows + columns, sums, mask=has_token & has_column)
 
 
@@ -173,7 +174,7 @@ def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequenc
     planes = torch.empty(splits, num_tokens, plane_stride, dtype=torch.float32, device=x.device)
     operands = (lora.arena, lora.table[place], tiles.table, planes, num_tokens, plane_stride, in_features)
     shrink_kernel[(len(tiles.table), splits, _RANK_PARTS)](
-        *(x, *operands, lora.alignment, splits, _RANK_PARTS, tokens, ranks, _INPUTS)
+        *(x, *operands, lora.alignment, splits, _RANK_PARTS, tokens, ranks, _INPUT_BYTES // x.element_size())
     )
     blocks = sum(triton.cdiv(width, outputs) for width in widths)
     three_widths = (*widths, 0, 0)[:3]

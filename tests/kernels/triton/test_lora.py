@@ -57,9 +57,9 @@ def test_long_segments_go_by_larger_tiles_and_short_ones_with_them() -> None:
     assert relative_error(found, expected) < 1e-6
 
 
-@pytest.mark.parametrize("inputs_at_a_time", [16, 32])
-def test_inputs_are_summed_over_all_splits(monkeypatch: pytest.MonkeyPatch, inputs_at_a_time: int) -> None:
-    monkeypatch.setattr(lora, "_INPUTS", inputs_at_a_time)
+@pytest.mark.parametrize("bytes_at_a_time", [64, 128])
+def test_inputs_are_summed_over_all_splits(monkeypatch: pytest.MonkeyPatch, bytes_at_a_time: int) -> None:
+    monkeypatch.setattr(lora, "_INPUT_BYTES", bytes_at_a_time)
     found, expected = side_path(adapters([(4, 8, 4)], [Segment(0, 0, 2)]), rows=2)
     assert relative_error(found, expected) < 1e-6
 
