@@ -190,6 +190,13 @@ def test_a_roofline_is_the_slower_of_memory_and_products() -> None:
     assert rooflines.cached_seconds(Work(bytes=1000, flops=0), working_set=MEBIBYTE + 1) == 20
 
 
+def test_a_smaller_working_set_is_no_slower_than_a_larger_one() -> None:
+    rooflines = Rooflines(CPU, 0, 1 << 30, wall_clock)
+    rooflines.bandwidths = {MEBIBYTE: 50.0, 2 * MEBIBYTE: 100.0}
+    rooflines.gemm = {"bfloat16": 10.0}
+    assert rooflines.cached_seconds(Work(bytes=1000, flops=0), working_set=1) == 10
+
+
 def test_rates_only_get_better() -> None:
     rooflines = Rooflines(CPU, MEBIBYTE, 64 * MEBIBYTE, wall_clock)
     rooflines.meet(5 * MEBIBYTE)

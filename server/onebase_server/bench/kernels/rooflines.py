@@ -67,8 +67,13 @@ class Rooflines:
         return max(work.bytes / self.memory_bandwidth, work.flops / self.peak)
 
     def cached_seconds(self, work: Work, working_set: int) -> float:
-        """The least time of a call whose operands come from wherever that many bytes, used again and again, stay."""
-        return max(work.bytes / self.bandwidths[_rounded_up(working_set)], work.flops / self.peak)
+        """The least time of a call whose operands come from wherever that many bytes, used again and again, stay.
+
+        `meet` must have seen the working set.
+        """
+        # what was measured slower through less was disturbed
+        bandwidth = max(rate for size, rate in self.bandwidths.items() if size >= _rounded_up(working_set))
+        return max(work.bytes / bandwidth, work.flops / self.peak)
 
     def _bandwidth(self, size: int) -> float:
         size = min(size, self._most_bytes)
