@@ -12,13 +12,17 @@ from onebase_kernels.triton import attention, elementwise
 from onebase_kernels.triton import lora as side_path
 from onebase_kernels.triton import nf4_linear as nf4
 from onebase_kernels.triton.nf4_packing import FragmentNf4, can_pack, pack
+from onebase_kernels.triton.plans import measured_plans
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def pack_nf4(weights: Sequence[Nf4Weight]) -> PackedNf4:
     """As `reference.pack_nf4`, in the order in which the tensor cores take their operand."""
-    return pack(weights) if can_pack(weights) else reference.pack_nf4(weights)
+    if not can_pack(weights):
+        return reference.pack_nf4(weights)
+    measured_plans(weights[0].codes.device)  # a file that is wrong is refused at load, not by the first request
+    return pack(weights)
 
 
 def nf4_linear(x: Tensor, packed: PackedNf4, bias: Tensor | None = None) -> Tensor:

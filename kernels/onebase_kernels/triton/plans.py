@@ -9,7 +9,7 @@ Everything is chosen before the first request; nothing is tuned while serving.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
@@ -132,13 +132,6 @@ def read_plans(path: Path, gpu: str, triton_version: str) -> PlanTable:
             raise InvalidPlan(f"{path}, plans[{number}]: {error}") from None
         table[n, k, plan.block_m] = plan
     return table
-
-
-def write_plans(path: Path, gpu: str, triton_version: str, table: PlanTable) -> None:
-    """The file that `read_plans` reads."""
-    plans = [{"n": n, "k": k, **asdict(plan)} for (n, k, _), plan in table.items()]
-    version = ".".join(triton_version.split(".")[:2])
-    path.write_text(json.dumps({"gpu": gpu, "triton": version, "plans": plans}, indent=1) + "\n", encoding="utf-8")
 
 
 def _parse(entry: object) -> tuple[int, int, Plan]:
