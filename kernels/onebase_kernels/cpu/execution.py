@@ -153,6 +153,11 @@ def _any_inputs(rows: int) -> StepInputs:
 class _OnlyOps(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch types neither this nor its constructor
     """Lets torch make views and empty tensors, and nothing else."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: torch's way of skipping its compiler is to import it first, which costs 100 MiB and a second."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not (func.is_view or func is _EMPTY):
             raise NotRecordable(f"{func} ran beside the ops")
