@@ -36,12 +36,14 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def triton_device(request: pytest.FixtureRequest) -> Iterator[None]:
+def triton_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tensors lie where Triton's kernels run, unless a test says otherwise."""
     if torch.cuda.is_available():
         torch.set_default_device("cuda")
     else:
         request.getfixturevalue("triton_interpreter")
+        # The interpreter's time goes by programs, and larger tiles make fewer of them.
+        monkeypatch.setattr("onebase_kernels.triton.attention._PREFILL_ROWS", 512)
     yield
     torch.set_default_device(None)
 
