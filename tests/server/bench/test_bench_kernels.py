@@ -181,6 +181,22 @@ def test_no_copy_is_used_again_before_all_others(backend: str) -> None:
     assert all(cache.any() for cache in caches)
 
 
+@pytest.mark.skipif(kernels.best_backend("cpu") != "cpu", reason="the C++ ops are not built")
+def test_what_is_said_to_be_recordable_is_in_the_program(
+    make_bench: Callable[..., Workbench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else recording would compute it once, and each run of the program would time nothing."""
+    passed_on: list[object] = []
+    monkeypatch.setattr("onebase_kernels.cpu.backend.run", lambda call, _: passed_on.append(call))
+    for trial in trials_of(make_bench(backend="cpu")):
+        if trial.op == "head_logits" or not trial.contenders[0].is_recordable:  # a vocabulary of 401 is torch's
+            continue
+        kernels.use_backend("cpu")
+        passed_on.clear()
+        trial.contenders[0].calls[0](trial.steps[0])
+        assert passed_on, trial.op
+
+
 def test_a_roofline_is_the_slower_of_memory_and_products() -> None:
     rooflines = Rooflines(CPU, 0, 1 << 30, wall_clock)
     rooflines.bandwidths = {MEBIBYTE: 100.0, 2 * MEBIBYTE: 50.0}

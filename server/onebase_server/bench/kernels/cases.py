@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from onebase_server.bench.kernels import attention_cases, elementwise_cases, linear_cases
+from onebase_server.bench.kernels import attention_cases, elementwise_cases, linear_cases, sampling_cases
 from onebase_server.bench.kernels.trial import Trial
 from onebase_server.bench.kernels.workbench import Workbench
 from onebase_server.errors import ConfigurationError
@@ -40,6 +40,8 @@ def list_cases(config: ModelConfig, ops: Sequence[str]) -> list[Case]:
         Case("silu_mul", "", elementwise_cases.silu_mul),
         Case("head_logits", "bf16", linear_cases.head_logits),
         Case("head_logits", "nf4", linear_cases.nf4_head_logits),
+        Case("choose_tokens", "greedy", sampling_cases.greedy),
+        Case("choose_tokens", "top-p", sampling_cases.top_p),
     ]
     known = list(dict.fromkeys(case.op for case in every))
     if unknown := set(ops) - set(known):

@@ -13,11 +13,11 @@ def against_reference(bench: Workbench, calls: Sequence[Call]) -> tuple[Contende
 
 
 def contenders(
-    calls: Mapping[BackendName, Sequence[Call]], waiting: Sequence[BackendName] = ()
+    calls: Mapping[BackendName, Sequence[Call]], unrecorded: Sequence[BackendName] = ()
 ) -> tuple[Contender, ...]:
-    """One for each back end; the reference and those `waiting` for the device are in no CUDA graph."""
+    """One for each back end; the reference and those `unrecorded` are called one by one."""
     return tuple(
-        Contender(backend, its_calls, backend, is_capturable=backend not in ("reference", *waiting))
+        Contender(backend, its_calls, backend, is_recordable=backend not in ("reference", *unrecorded))
         for backend, its_calls in calls.items()
     )
 

@@ -23,7 +23,7 @@ def event_clock(run: Run, times: int) -> float:
 
 def make_burst(contender: Contender, steps: Sequence[StepInputs], clock: Clock) -> Burst:
     """A contender's calls as graphs, all of them for each step in turn; its next calls where no graph can hold them."""
-    if not contender.is_capturable:
+    if not contender.is_recordable:
         return timing.make_burst(contender, steps, clock)
     groups = timing.group_calls(contender, steps[0], clock)
     return timing.burst_of([_capture(group, step) for step in steps for group in groups], len(groups[0]))

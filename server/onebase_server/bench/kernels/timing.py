@@ -69,9 +69,9 @@ def make_burst(contender: Contender, steps: Sequence[StepInputs], clock: Clock) 
     """A contender's calls as programs, all of them for each step in turn."""
     groups = group_calls(contender, steps[0], clock)
     token_ids = steps[0].token_ids
+    is_recorded = contender.backend is not None and contender.is_recordable
     programs = [
-        _record(group, len(token_ids), token_ids.device) if contender.backend else partial(_run, group)
-        for group in groups
+        _record(group, len(token_ids), token_ids.device) if is_recorded else partial(_run, group) for group in groups
     ]
     return burst_of([partial(program, step) for step in steps for program in programs], len(groups[0]))
 

@@ -29,8 +29,9 @@ class Contender:
     not be there in serving."""
     backend: BackendName | None = None
     """What must have been chosen by `use_backend` when a call is made; None where it does not matter."""
-    is_capturable: bool = True
-    """Whether a CUDA graph can hold it: it never waits for the device."""
+    is_recordable: bool = True
+    """Whether its calls can be recorded, as a program or as a CUDA graph: they compute by their back end's ops alone,
+    and never wait for the device."""
 
 
 @dataclass(frozen=True)
