@@ -47,13 +47,14 @@ __all__ = [
     "write_kv_",
 ]
 
-BackendName = Literal["reference", "bitsandbytes", "cpu"]
+BackendName = Literal["reference", "bitsandbytes", "cpu", "triton"]
 
 # The modules that are asked for each op, fastest first.
 _CHAINS: dict[BackendName, tuple[str, ...]] = {
     "reference": ("reference",),
     "bitsandbytes": ("bitsandbytes_backend", "reference"),
     "cpu": ("cpu.backend", "reference"),
+    "triton": ("triton.backend", "bitsandbytes_backend", "reference"),
 }
 
 _active: dict[str, Callable[..., Any]] = {}

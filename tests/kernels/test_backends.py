@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from importlib.util import find_spec
 from types import ModuleType
 
 import pytest
@@ -15,6 +16,8 @@ OPS = [op.__name__ for op in kernels.OPS]
 MODULES = [bitsandbytes_backend]
 if runnable_variants():  # else no compiler was there when Onebase was installed
     MODULES.append(importlib.import_module("onebase_kernels.cpu.backend"))
+if find_spec("triton"):
+    MODULES.append(importlib.import_module("onebase_kernels.triton.backend"))
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
