@@ -15,6 +15,8 @@ from onebase_server.bench.kernels.workbench import Workbench
 
 LOGIT_BYTES = 4
 TEMPERATURE, TOP_P = 0.8, 0.95
+LOGIT_DEVIATION = 4.0
+"""Standard deviation of the logits: as with a language model, few tokens have nearly all of the mass."""
 
 
 def greedy(bench: Workbench) -> Iterator[Trial]:
@@ -31,7 +33,7 @@ def _trials(
     bench: Workbench, variant: str, *, temperature: float, top_p: float, flops_per_logit: int
 ) -> Iterator[Trial]:
     for rows in bench.options.rows:
-        logits = bench.random(rows, bench.config.vocab_size).float()
+        logits = LOGIT_DEVIATION * bench.random(rows, bench.config.vocab_size).float()
         sampling = SamplingBatch(
             temperature=torch.full((rows,), temperature, device=bench.device),
             top_k=torch.zeros(rows, dtype=torch.int64, device=bench.device),
