@@ -1,8 +1,9 @@
 """The product with NF4 weights: codes go from memory to the tensor cores' registers, never through shared memory.
 
 The weights are the left operand (the product is transposed: W xᵀ), in the order of `nf4_packing`. One dot covers one
-block of 64 inputs, whose scale is then applied to the sums. Programs share out the inputs in a fixed number of splits,
-whose partial sums are added in a fixed order by a second launch: nothing is atomic, the bits are always the same.
+block of 64 inputs, whose scale is then applied to the sums. While some blocks are multiplied, the codes of the next
+are on their way. Programs share out the inputs in a fixed number of splits, whose partial sums are added in a fixed
+order by a second launch: nothing is atomic, the bits are always the same.
 
 The dots have an operand in registers; ptxas before 13.3 may miscompile those if they are pipelined (triton issue 9433).
 So loops have one stage, and each dot is used in the iteration that makes it; tests/gpu holds the result exact.
@@ -66,6 +67,16 @@ def _load_words(codes_ptr, count: tl.constexpr):
 
 
 @triton.jit
+def _load_inputs(x_ptr, is_row, count: tl.constexpr):
+    """x for so many blocks, in a tuple; zero beyond its rows."""
+    inputs = ()
+    for block in tl.static_range(count):
+        x = tl.load(x_ptr + block * _BLOCK, mask=is_row, other=0.0)
+        inputs = inputs + (x,)  # type: ignore[assignment]  # noqa: RUF005 - as above
+    return inputs
+
+
+@triton.jit
 def _load_scales(scales_ptr, map_ptr, nested, offsets, NESTED: tl.constexpr):
     """A block's scales in fp32, decoded if they are 8-bit codes."""
     scales = tl.load(scales_ptr)
@@ -115,18 +126,21 @@ def fused_kernel(
     offsets = tl.load(offsets_ptr + n // _TILE_ROWS)
 
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    ahead = _load_words(codes_ptr, UNROLL)
     for i in tl.range(0, SPLIT_BLOCKS, UNROLL, num_stages=1):
-        words = _load_words(codes_ptr + i * _TILE_WORDS, UNROLL)
+        words = ahead
+        # In the last iteration the same again, which costs less than to ask whether there are more.
+        ahead = _load_words(codes_ptr + tl.minimum(i + UNROLL, SPLIT_BLOCKS - UNROLL) * _TILE_WORDS, UNROLL)
+        inputs = _load_inputs(x_ptr + i * _BLOCK, is_row, UNROLL)
         if NESTED:
             nested = tl.load(nested_ptr + (n * BLOCKS + first + i) // _NESTED_BLOCK)
         for u in tl.static_range(UNROLL):
-            x = tl.load(x_ptr + (i + u) * _BLOCK, mask=is_row, other=0.0)
             scales = _load_scales(scales_ptr + (i + u) * _TILE_ROWS, map_ptr, nested, offsets, NESTED)
             if PERMUTE:
-                lifted = (x * INPUT_SCALE).to(x.dtype)
+                lifted = (inputs[u] * INPUT_SCALE).to(inputs[u].dtype)
                 numbers = decode_with_permutations(words[u], tables, x_ptr)
             else:  # Triton's interpreter takes bfloat16 for whole numbers in a dot
-                lifted = x.to(tl.float32)
+                lifted = inputs[u].to(tl.float32)
                 numbers = decode_with_loads(words[u], tables_ptr)
             sums += tl.dot(_as_operand(numbers, BLOCK_N), lifted) * scales[:, None]
 

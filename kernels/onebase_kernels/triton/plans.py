@@ -45,7 +45,7 @@ class Plan:
     splits: int
     """Programs that share out the inputs of a tile; each writes a plane of partial sums if there are several."""
     unroll: int
-    """Blocks of 64 inputs whose codes are loaded together."""
+    """Blocks of 64 inputs whose codes are loaded together, while as many before them are multiplied."""
     num_warps: int
     """Warps of a program."""
 
@@ -86,7 +86,7 @@ def plan_for(rows: int, n: int, k: int, device: torch.device) -> Plan:
 
 
 def default_plan(rows: int, n: int, k: int, processors: int) -> Plan:
-    """A program for each of the GPU's processors at least, if the inputs can be shared out like that.
+    """Three programs for every two of the GPU's processors at least, if the inputs can be shared out like that.
 
     Wide tiles take the fewest instructions a code. More splits would mean more partial sums to write and read.
     """
@@ -95,7 +95,9 @@ def default_plan(rows: int, n: int, k: int, processors: int) -> Plan:
     block_n = 128 if n % 128 == 0 else 64
     tiles = n // block_n * -(-rows // block_m)
     candidates = [count for count in range(1, blocks + 1) if blocks % count == 0 and blocks // count >= _MIN_BLOCKS]
-    splits = next((count for count in candidates if tiles * count >= processors), candidates[-1] if candidates else 1)
+    splits = next(
+        (count for count in candidates if 2 * tiles * count >= 3 * processors), candidates[-1] if candidates else 1
+    )
     # Sums of many rows, and more codes in flight, would take more registers than a thread has.
     unroll = next(count for count in ((4, 2, 1) if block_m == 16 else (2, 1)) if blocks // splits % count == 0)
     return Plan(block_m, block_n, splits, unroll, num_warps=8 if block_n == 128 and block_m >= 64 else 4)

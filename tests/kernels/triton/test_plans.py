@@ -67,6 +67,6 @@ def test_the_rule_of_thumb_fits_every_shape(rows: int, n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)])
-def test_the_rule_of_thumb_gives_every_processor_a_program(n: int, k: int) -> None:
+def test_the_rule_of_thumb_gives_every_processor_a_program_and_more(n: int, k: int) -> None:
     plan = default_plan(1, n, k, processors=132)
-    assert n // plan.block_n * plan.splits >= 132
+    assert n // plan.block_n * plan.splits >= 1.5 * 132
