@@ -30,7 +30,7 @@ test: install ## Run the whole suite (ARGS= goes to pytest)
 
 # On the machine as it is: torch, Triton and pytest are enough, nothing is installed. cuBLAS wants its setting for results
 # that repeat themselves.
-test-gpu: export PYTHONPATH := kernels
+test-gpu: export PYTHONPATH := kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
 test-gpu: export CUBLAS_WORKSPACE_CONFIG := :4096:8
 test-gpu: GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 test-gpu: ## Test the GPU's kernels on the GPU at hand, whole numbers first (PYTHON= if there is no .venv, ARGS=)
