@@ -28,8 +28,8 @@ test: install ## Run the whole suite (ARGS= goes to pytest)
 	@$(BIN)/onebase demo
 	$(BIN)/python -m pytest $(ARGS)
 
-# On the machine as it is: torch, Triton and pytest are enough, nothing is installed. cuBLAS wants its setting for results
-# that repeat themselves.
+# On the machine as it is: torch, Triton, Transformers and pytest are enough, nothing is installed. The variable is what
+# cuBLAS wants for results that repeat themselves.
 test-gpu: export PYTHONPATH := kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
 test-gpu: export CUBLAS_WORKSPACE_CONFIG := :4096:8
 test-gpu: GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
