@@ -9,9 +9,11 @@ from collections import Counter as Tally
 from collections.abc import Iterable
 from typing import Literal, get_args
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from onebase_server.engine.request import EngineStats
+from onebase_server.engine.request import EngineMemory, EngineStats
+from onebase_server.process_memory import resident_bytes
 
 Outcome = Literal["completed", "aborted", "refused", "unavailable", "failed"]
 """How a generation request ended; `aborted` is a client that went away, `refused` a 4xx, `unavailable` a 503."""
@@ -108,6 +110,12 @@ class Metrics:
     def _define_engine(self) -> None:
         registry = self.registry
         self.engine_up = Gauge("onebase_engine_up", "1 while the engine can take requests.", registry=registry)
+        self._memory = Gauge(
+            "onebase_memory_bytes",
+            "Memory of the server: the parts of the engine, and the API process. On a CPU their sum is resident.",
+            ["part"],
+            registry=registry,
+        )
         self.engine_restarts = Counter(
             "onebase_engine_restarts", "How often the engine died and was started again.", registry=registry
         )
@@ -206,6 +214,8 @@ class Metrics:
         self._adapter_bytes_used.set(stats.adapter_bytes_used)
         self._adapter_bytes_total.set(stats.adapter_bytes_total)
         self._adapters_resident.set(stats.adapters_resident)
+        for part, count in memory_parts(stats.memory).items():
+            self._memory.labels(part).set(count)
         self._kv_blocks_used.set(stats.kv_blocks_used)
         self._kv_blocks_total.set(stats.kv_blocks_total)
         self._vllm_running.set(stats.running)
@@ -257,6 +267,11 @@ class AdapterLabels:
         had_label = adapter in self._labelled
         self._labelled.discard(adapter)
         return had_label
+
+
+def memory_parts(engine: EngineMemory) -> dict[str, int]:
+    """Bytes of all processes by part: the engine's, and what this one, the API's, has resident."""
+    return {**msgspec.structs.asdict(engine), "api": resident_bytes()}
 
 
 def _names(labels: Iterable[str]) -> str:

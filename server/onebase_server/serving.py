@@ -15,18 +15,19 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 from rich.console import Console
-from rich.filesize import decimal
 from rich.markup import escape
 
 import onebase_server
 from onebase_adapters.store import AdapterStore
 from onebase_server.api.app import create_app
 from onebase_server.engine.client import EngineClient
+from onebase_server.engine.request import Ready
 from onebase_server.errors import ConfigurationError
-from onebase_server.metrics import Metrics
+from onebase_server.metrics import Metrics, memory_parts
 from onebase_server.model.config import ModelConfig
 from onebase_server.model.hub import resolve_base
 from onebase_server.model.tokenizer import Tokenizer
+from onebase_server.process_memory import return_free_memory
 from onebase_server.settings import Settings
 
 GRACE_SECONDS = 30
@@ -46,6 +47,7 @@ def run_server(settings: Settings) -> None:
         metrics = new_metrics(settings)
         engine = EngineClient(settings.engine, on_stats=metrics.on_stats, on_restart=metrics.on_restart)
         tokenizer = Tokenizer.from_directory(Path(settings.base))
+        return_free_memory()
         app = create_app(settings, engine=engine, store=store, tokenizer=tokenizer, metrics=metrics)
         server = OnebaseServer(settings, app, Announcer(settings, engine, store, started))
         with contextlib.suppress(KeyboardInterrupt):
@@ -109,9 +111,11 @@ class Announcer:
         self._say("Loading the base …")
         ready = await self._engine.wait_ready()
         self._say(
-            f"[bold green]Ready[/] after {time.perf_counter() - self._started:.1f} s: "
-            f"{decimal(ready.weight_bytes)} of weights, a context of {ready.max_model_len} tokens. Try:"
+            f"[bold green]Ready[/] after {time.perf_counter() - self._started:.1f} s "
+            f"with a context of {ready.max_model_len} tokens."
         )
+        self._say(f"  memory    {_describe_memory(ready)}")
+        self._say("Try:")
         self._say(_example(address, names[0] if names else self._settings.served_name))
 
     def _say(self, text: str) -> None:
@@ -159,6 +163,17 @@ def _configure_logging(level: str) -> None:
     logging.basicConfig(level=level.upper(), format="%(levelname)s: %(message)s")
     if level != "debug":  # uvicorn's own start-up lines say less than the announcement
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+
+
+def _describe_memory(ready: Ready) -> str:
+    """`470 MiB: weights 106 (4.13 bits a parameter of the linears), KV cache 1, …`."""
+    parts = memory_parts(ready.stats.memory)
+    mebibytes = {part: f"{count / 2**20:,.0f}" for part, count in parts.items()}
+    return (
+        f"{sum(parts.values()) / 2**20:,.0f} MiB: weights {mebibytes['weights']} ({ready.weight_bits:.3f} bits a "
+        f"parameter of the linears), KV cache {mebibytes['kv_cache']}, adapters {mebibytes['adapters']}, activations "
+        f"{mebibytes['activations']}, engine {mebibytes['runtime']}, API {mebibytes['api']}"
+    )
 
 
 def _enumerate(names: list[str]) -> str:

@@ -13,6 +13,8 @@ from onebase_kernels.nf4 import BLOCK_SIZE, Nf4Weight
 
 OUTPUTS = 16
 """Outputs of a tile; its inputs are one block of 64."""
+OFFSET_BYTES = 4
+"""Of a weight under double quantisation, the mean of its scales."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,13 +25,15 @@ class TiledNf4:
     """uint8 [ΣN · K / 2]."""
     scales: Tensor
     """[ΣN · K / 64]: fp32, or uint8 under double quantisation."""
+    nested_scales: tuple[Tensor, ...]
+    """Of each weight, fp32 [⌈N · K / 64 / 256⌉]; none without double quantisation."""
     widths: tuple[int, ...]
     """Outputs of each weight."""
     in_features: int
     group: Nf4Group
-    """What C++ gets: addresses of the tensors here and of those in `kept`."""
+    """What C++ gets: addresses of the tensors here and of what is in `kept`."""
     kept: tuple[object, ...]
-    """What `group` points to besides: nested scales and the slices themselves."""
+    """What `group` points to besides: the slices themselves, and the map that all weights have alike."""
 
     @cached_property
     def address(self) -> int:
@@ -48,8 +52,8 @@ class TiledNf4:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        nested = sum(tensor.nbytes for tensor in self.kept if isinstance(tensor, Tensor) and tensor.numel() != 256)
+        """Bytes of codes and scales, the map that all weights have alike left out (as `Nf4Weight` counts)."""
+        nested = sum(scales.nbytes + OFFSET_BYTES for scales in self.nested_scales)
         return self.codes.nbytes + self.scales.nbytes + nested
 
 
@@ -63,17 +67,23 @@ def can_pack(weights: Sequence[Nf4Weight]) -> bool:
 
 
 def pack(weights: Sequence[Nf4Weight]) -> TiledNf4:
-    """Pack weights [Nᵢ, K] that share their input; `can_pack` must hold."""
+    """Pack weights [Nᵢ, K] that share their input; `can_pack` must hold.
+
+    Nothing of the weights is kept: a single view would hold the whole mapped file in memory beside what is packed.
+    """
     in_features = weights[0].shape[1]
     codes = torch.cat([_pack_codes(weight) for weight in weights])
     scales = torch.cat([_pack_scales(weight) for weight in weights])
     widths = tuple(weight.shape[0] for weight in weights)
     nested = [weight.nested for weight in weights if weight.nested is not None]
-    tables = [scale.absmax.contiguous() for scale in nested]
+    nested_scales = tuple(scale.absmax.clone() for scale in nested)
     offsets = [float(scale.offset) for scale in nested] or [0.0] * len(weights)
-    quant_map = nested[0].quant_map.contiguous() if nested else None
+    quant_map = nested[0].quant_map.clone() if nested else None
     slices = (Nf4Slice * len(weights))(
-        *(Nf4Slice(tables[i].data_ptr() if tables else None, offsets[i], width) for i, width in enumerate(widths))
+        *(
+            Nf4Slice(nested_scales[i].data_ptr() if nested else None, offsets[i], width)
+            for i, width in enumerate(widths)
+        )
     )
     group = Nf4Group(
         codes=codes.data_ptr(),
@@ -83,7 +93,7 @@ def pack(weights: Sequence[Nf4Weight]) -> TiledNf4:
         num_outputs=sum(widths),
         num_inputs=in_features,
     )
-    return TiledNf4(codes, scales, widths, in_features, group, (slices, quant_map, *tables))
+    return TiledNf4(codes, scales, nested_scales, widths, in_features, group, (slices, quant_map))
 
 
 def _pack_codes(weight: Nf4Weight) -> Tensor:

@@ -65,6 +65,8 @@ class AdapterPool:
         """Numbers: what all matrices in the arena begin at a multiple of, for they all have rows of such lengths."""
         self.num_attaches = 0
         self.num_evictions = 0
+        self.bytes_touched = 0
+        """Bytes of the arena below the highest place that an adapter has had; what is above was never written."""
         self._extents = Extents(self.arena.numel())
         self._resident: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
         self._retired: OrderedDict[str, None] = OrderedDict()  # the longest retired first
@@ -178,6 +180,7 @@ class AdapterPool:
             self._grow_table()
         resident = Resident(digest, self._free_slots.pop(), offset, packed.numbers.numel(), packed.table)
         self.arena[offset : offset + resident.size].copy_(packed.numbers, non_blocking=True)
+        self.bytes_touched = max(self.bytes_touched, (offset + resident.size) * self.dtype.itemsize)
         self._write_table(resident)
         self._resident[digest] = resident
         self.max_rank = max(self.max_rank, packed.max_rank)

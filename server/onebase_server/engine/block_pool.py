@@ -33,6 +33,8 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_cache = prefix_cache
+        self.num_touched = 0
+        """Blocks that have been held at least once; the others' memory was never written."""
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._references = [0] * num_blocks
         self._hash_of_block: list[bytes | None] = [None] * num_blocks
@@ -81,6 +83,7 @@ class BlockPool:
         if count > len(self._free):
             return None
         blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
+        self.num_touched = max([self.num_touched, *(block + 1 for block in blocks)])  # fresh ones come in order
         for block in blocks:
             self._forget(block)
             self._references[block] = 1

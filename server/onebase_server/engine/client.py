@@ -48,7 +48,8 @@ def engine_gone() -> EngineUnavailable:
 class EngineClient:
     """One engine process, supervised.
 
-    `on_stats` is called after every step, `on_restart` whenever a process has died that is going to be replaced.
+    `on_stats` is called when it is ready and after every step, `on_restart` whenever a process has died that is going
+    to be replaced.
     """
 
     def __init__(
@@ -220,6 +221,7 @@ class EngineClient:
                         answer.set_result(message)
             case Ready():
                 self._info = message
+                self._on_stats(message.stats)
                 if self._first_start and not self._has_started:
                     self._first_start.set_result(message)
             case Failed():

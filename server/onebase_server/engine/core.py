@@ -7,6 +7,7 @@ from typing import assert_never
 
 from onebase_server.engine.adapter_pool import AdapterPool
 from onebase_server.engine.block_pool import BlockPool
+from onebase_server.engine.memory import MemoryMeter
 from onebase_server.engine.request import (
     Abort,
     AdapterRef,
@@ -65,6 +66,7 @@ class Engine:
         )
         kv_cache = allocate_kv_cache(decoder.config, num_blocks, settings.block_size, decoder.dtype, decoder.device)
         self.runner = Runner(decoder, kv_cache, self.adapter_pool, settings.max_num_batched_tokens)
+        self._memory = MemoryMeter(decoder, self.block_pool, self.adapter_pool, self.runner)
         self._attaching: dict[str, PendingAttach] = {}
 
     @property
@@ -99,7 +101,7 @@ class Engine:
         batch = self.scheduler.schedule()
         size = (batch.num_tokens, len(batch.scheduled), batch.num_adapters)  # now: who ends gives its slot back
         outputs = self.scheduler.update(batch, self.runner.execute(batch))
-        return StepOutputs(outputs=tuple(outputs), stats=self._stats(size, time.perf_counter() - started))
+        return StepOutputs(outputs=tuple(outputs), stats=self.stats(size, time.perf_counter() - started))
 
     def poll_attaches(self) -> list[Attached]:
         """Attach what has been read since, between two steps; the answers to those that are settled."""
@@ -122,7 +124,8 @@ class Engine:
             error = str(unusable)
         return Attached(digest=digest, seconds=time.perf_counter() - pending.since, error=error)
 
-    def _stats(self, batch: tuple[int, int, int], seconds: float) -> EngineStats:
+    def stats(self, batch: tuple[int, int, int] = (0, 0, 0), seconds: float = 0.0) -> EngineStats:
+        """The state now, after a step of `batch` (tokens, requests, adapters) that took `seconds`, or after none."""
         scheduler, adapters = self.scheduler, self.adapter_pool
         batch_tokens, batch_requests, distinct_adapters = batch
         return EngineStats(
@@ -144,6 +147,7 @@ class Engine:
             step_seconds=seconds,
             running_adapters=_labels(scheduler.running),
             waiting_adapters=_labels(scheduler.waiting),
+            memory=self._memory.measure(),
         )
 
     def check(self) -> None:

@@ -19,6 +19,7 @@ from onebase_server.engine.protocol import EngineSocket
 from onebase_server.engine.request import Failed, Ready, ToEngine
 from onebase_server.errors import OnebaseError
 from onebase_server.model.weights import load_decoder, resolve_device
+from onebase_server.process_memory import return_free_memory
 from onebase_server.progress import step_progress
 from onebase_server.settings import EngineSettings
 
@@ -55,6 +56,7 @@ def load_engine(settings: EngineSettings, inbox: Inbox) -> tuple[Engine, Ready]:
     kernels.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
     with step_progress("Quantising the base to NF4") as on_progress:
         decoder = load_decoder(Path(settings.base), settings, on_progress)
+    return_free_memory()
     engine = Engine(decoder, settings, on_loaded=inbox.ring)
     engine.warm_up()
     ready = Ready(
@@ -63,7 +65,8 @@ def load_engine(settings: EngineSettings, inbox: Inbox) -> tuple[Engine, Ready]:
         adapter_bytes_total=engine.adapter_pool.bytes_total,
         adapter_element_bytes=decoder.dtype.itemsize,
         quantization=settings.quantization,
-        weight_bytes=decoder.weight_bytes,
+        weight_bits=decoder.weights.report().bits_per_parameter,
+        stats=engine.stats(),
     )
     return engine, ready
 

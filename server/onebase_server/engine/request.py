@@ -107,6 +107,21 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
     """With the first output: from arrival in the engine to the first step it took part in."""
 
 
+class EngineMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine process holds, by part, in bytes; on a CPU the parts add up to its resident memory."""
+
+    weights: int = 0
+    """Codes and scales, embedding and head, norms and biases."""
+    kv_cache: int = 0
+    """Blocks that have been in use at least once."""
+    adapters: int = 0
+    """The arena up to the highest place that has held an adapter, and the tables."""
+    activations: int = 0
+    """Of a recorded step, where the back end records."""
+    runtime: int = 0
+    """The rest of the process: code, Python, torch, buffers that come and go."""
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """The engine's state after a step; counters count from the engine's start."""
 
@@ -134,6 +149,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     running_adapters: tuple[str, ...] = ()
     """Labels of the adapters of running requests."""
     waiting_adapters: tuple[str, ...] = ()
+    memory: EngineMemory = EngineMemory()
 
 
 class StepOutputs(Struct, frozen=True):
@@ -162,7 +178,9 @@ class Ready(Struct, frozen=True):
     adapter_element_bytes: int
     """Bytes that one number of an adapter takes on the device."""
     quantization: str
-    weight_bytes: int
+    weight_bits: float
+    """Of a linear's parameter, scales included."""
+    stats: EngineStats
 
 
 class Failed(Struct, frozen=True):

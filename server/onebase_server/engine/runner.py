@@ -30,6 +30,11 @@ class Runner:
         self.device = adapter_pool.arena.device
         self._forward = kernels.record(lambda inputs: decoder.forward(inputs, kv_cache), max_num_tokens)
 
+    @property
+    def activation_bytes(self) -> int:
+        """Memory of the recorded step; 0 for a back end that does not record."""
+        return getattr(self._forward, "nbytes", 0)
+
     @torch.inference_mode()
     def execute(self, batch: Batch) -> list[Sampled]:
         """Compute the batch's tokens and choose the next one of each sequence whose known tokens are through."""

@@ -27,8 +27,8 @@ def load_decoder(directory: Path, settings: EngineSettings, on_progress: Progres
     """A decoder with the weights of a Hugging Face directory, its linears in NF4 unless `settings` say otherwise.
 
     The NF4 form is made once and kept in the cache directory; a checkpoint that bitsandbytes has quantised is used as
-    it is, whatever the settings say. On the CPU, weights are mapped from the file, not copied, wherever their dtype is
-    right. `on_progress` hears of quantisation only: when the cache has its result, there is none.
+    it is, whatever the settings say. On the CPU, embeddings and dense weights are mapped from the file, not copied,
+    wherever their dtype is right. `on_progress` hears of quantisation only, so not when the cache has its result.
 
     Raises:
         ConfigurationError: the directory, the model's configuration or its tensors are not what can be served; CUDA is
@@ -104,7 +104,7 @@ class _Loader:
         return DecoderWeights(
             embedding=embedding,
             layers=tuple(self._layer(layer) for layer in range(self.config.num_layers)),
-            norm=self._dense(tensors[names.FINAL_NORM]),
+            norm=self._vector(tensors[names.FINAL_NORM]),
             head=embedding if self.config.tie_word_embeddings else self._dense(tensors[names.HEAD]),
         )
 
@@ -124,7 +124,7 @@ class _Loader:
         )
 
         def norm(kind: str) -> Tensor:
-            return self._dense(tensors[names.norm_name(layer, kind)])
+            return self._vector(tensors[names.norm_name(layer, kind)])
 
         return LayerWeights(
             input_norm=norm("input_layernorm"),
@@ -140,7 +140,7 @@ class _Loader:
     def _linear(self, tensors: Mapping[str, Tensor], module: str, shape: names.Shape) -> Linear:
         name = f"{module}.weight"
         bias = tensors.get(f"{module}.bias")
-        bias = None if bias is None else self._dense(bias)
+        bias = None if bias is None else self._vector(bias)
         if not bnb_format.nf4_part_names(name, tensors):
             return Linear(self._dense(tensors[name]), bias)
         weight = bnb_format.from_tensors(name, tensors)
@@ -149,3 +149,7 @@ class _Loader:
 
     def _dense(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype)
+
+    def _vector(self, tensor: Tensor) -> Tensor:
+        """A norm or a bias, copied: a view would keep its file mapped, and the codes in memory that were packed."""
+        return tensor.to(self.device, self.dtype, copy=True)
