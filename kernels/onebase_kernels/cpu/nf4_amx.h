@@ -17,8 +17,8 @@ inline void decode_tile(__m512i codebook, const uint8_t* codes, BFloat16* to) {
 #pragma GCC unroll 8
     for (int64_t row = 0; row < TILE_ROWS; row++) {
         const __m512i packed = _mm512_loadu_si512(codes + row * 64);
-        const __m512bh pairs[4] = {decode_pair<0>(codebook, packed), decode_pair<1>(codebook, packed),
-                                   decode_pair<2>(codebook, packed), decode_pair<3>(codebook, packed)};
+        const __m512i pairs[4] = {decode_pair<0>(codebook, packed), decode_pair<1>(codebook, packed),
+                                  decode_pair<2>(codebook, packed), decode_pair<3>(codebook, packed)};
         std::memcpy(to + row * 4 * 2 * BLOCK_N, pairs, sizeof pairs);
     }
 }
@@ -33,7 +33,7 @@ void multiply_some(const Nf4Group& group, int64_t block, const BFloat16* x, int6
     alignas(64) float products[2][C_TILE];
     F32x16 total[M_TILE], scale{};
     for (auto& sum : total) sum = bias;
-    const __m512i codebook = bf16_codebook();
+    const __m512i codebook = twice((__m256i)narrow(CODEBOOK));
     Scales scales(group, block);
     const auto add_products = [&](int64_t tile) {
 #pragma GCC unroll 16

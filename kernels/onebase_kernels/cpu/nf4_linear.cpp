@@ -85,13 +85,13 @@ void linear_wide(const Nf4Group& group, const X* x, int64_t m, const X* bias, Y*
 #if defined(__AVX512BF16__)
 template <class Y>
 void linear_pairs(const Nf4Group& group, const BFloat16* x, int64_t m, const BFloat16* bias, Y* y) {
+    const FixedPointRows rows(x, m, group.num_inputs);
     parallel(group.num_outputs / BLOCK_N, [&](int64_t first, int64_t last) {
         for (int64_t block = first; block < last; block++) {
             const F32x16 start = load_bias(bias, block);
             int64_t row = 0;
             const auto multiply = [&]<int ROWS>() {
-                for (; row + ROWS <= m; row += ROWS)
-                    multiply_pairs<ROWS>(group, block, x + row * group.num_inputs, start, y + row * group.num_outputs);
+                for (; row + ROWS <= m; row += ROWS) multiply_pairs<ROWS>(group, block, rows, row, start, y);
             };
             multiply.template operator()<8>();
             multiply.template operator()<4>();
@@ -103,7 +103,7 @@ void linear_pairs(const Nf4Group& group, const BFloat16* x, int64_t m, const BFl
 #endif
 
 #if defined(__AMX_BF16__)
-constexpr int64_t FEW = 2;    // up to so many rows, dot products of pairs are faster than AMX
+constexpr int64_t FEW = 2;    // up to so many rows, fixed point is faster than AMX
 constexpr int64_t SOME = 32;  // up to so many, scaling products is faster than scaling weights
 
 template <class Y>
