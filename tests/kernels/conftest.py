@@ -51,8 +51,8 @@ def triton_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 def triton_interpreter() -> Iterator[None]:
     """Triton's interpreter as it should be.
 
-    That of 3.6 takes the bits of bfloat16 for whole numbers in products, cuts off where the GPU rounds to it, and under
-    NumPy 2.4 has no loops up to a bound that a kernel has computed.
+    That of 3.6 and 3.7 takes the bits of bfloat16 for whole numbers in products, cuts off where the GPU rounds to it,
+    and under NumPy 2.4 has no loops up to a bound that a kernel has computed.
     """
     import ml_dtypes  # which a machine with a GPU may lack
 
