@@ -30,7 +30,7 @@ _TILE_COLUMNS = tl.constexpr(4)  # request, its first query's row, number of que
 def _keys_of(tile_ptr, WINDOW: tl.constexpr, KEYS: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
     """The first key that a tile's queries see, the one after the last, and how many make a split."""
     num_queries, position = tl.load(tile_ptr + 2), tl.load(tile_ptr + 3)
-    first_key = tl.maximum(position - WINDOW + 1, 0) if WINDOW else position * 0
+    first_key = tl.maximum(position - WINDOW + 1, 0) if WINDOW else 0
     last_key = position + num_queries
     per_split = tl.cdiv(last_key - first_key, MAX_SPLITS * KEYS) * KEYS
     return first_key, last_key, tl.maximum(per_split, MIN_SPLIT)
