@@ -1,6 +1,6 @@
 import pytest
 
-from onebase_server.engine.request import EngineStats
+from onebase_server.engine.request import EngineMemory, EngineStats
 from onebase_server.metrics import OTHER, AdapterLabels, Metrics
 
 
@@ -29,6 +29,13 @@ def test_a_step_without_requests_is_no_batch(metrics):
     metrics.on_stats(EngineStats())
     assert value(metrics, "onebase_batch_requests_count") == 1
     assert value(metrics, "onebase_distinct_adapters_sum") == 2
+
+
+def test_memory_has_a_part_for_each_of_the_engines_and_one_for_the_api(metrics):
+    metrics.on_stats(EngineStats(memory=EngineMemory(weights=1, kv_cache=2, adapters=3, activations=4, runtime=5)))
+    parts = ("weights", "kv_cache", "adapters", "activations", "runtime")
+    assert [value(metrics, "onebase_memory_bytes", part=part) for part in parts] == [1, 2, 3, 4, 5]
+    assert value(metrics, "onebase_memory_bytes", part="api") > 10 << 20
 
 
 def test_vllms_names_tell_the_present_state(metrics):
