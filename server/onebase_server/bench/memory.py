@@ -1,17 +1,23 @@
-"""Memory of a server's processes, watched while a load runs. It needs psutil and permission to look at them."""
+"""Memory of a server's processes, watched while a load runs. It needs psutil and permission to look at them.
+
+By part (weights, KV cache and so on) is what the server says itself, if it is Onebase.
+"""
 
 import asyncio
 import contextlib
 import shlex
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field, replace
 
+import httpx
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 from onebase_server.bench.processes import find_process, process_tree
 
 WATCH_SECONDS = 3.0
 MAX_COMMAND_LENGTH = 160
+PARTS_METRIC = "onebase_memory_bytes"
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,8 @@ class TreeMemory:
     """A process and all its descendants, at one time."""
 
     processes: tuple[ProcessMemory, ...] = ()
+    parts: Mapping[str, int] = field(default_factory=dict)
+    """All processes' memory by part, as the server said after the last run; empty for other servers."""
 
     @property
     def rss(self) -> int:
@@ -47,8 +55,10 @@ class TreeMemory:
 class MemoryWatch:
     """Looks at a process tree every few seconds and keeps the moment at which it was largest."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, url: str) -> None:
+        """Raises ConfigurationError if there is no such process; `url` is the server's address."""
         self._root = find_process(pid)
+        self._url = url
         self.peak = TreeMemory()
 
     @contextlib.asynccontextmanager
@@ -61,6 +71,7 @@ class MemoryWatch:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             self._look()
+            self.peak = replace(self.peak, parts=read_parts(self._url))
 
     async def _watch(self) -> None:
         while True:
@@ -71,6 +82,16 @@ class MemoryWatch:
         now = measure_tree(self._root)
         if now.rss > self.peak.rss:
             self.peak = now
+
+
+def read_parts(url: str) -> dict[str, int]:
+    """Bytes by part out of a server's metrics; none where it has no such metric, or no metrics at all."""
+    try:
+        text = httpx.get(f"{url}/metrics").raise_for_status().text
+        families = [family for family in text_string_to_metric_families(text) if family.name == PARTS_METRIC]
+    except (httpx.HTTPError, ValueError):  # ValueError: what it has there is not Prometheus' format
+        return {}
+    return {sample.labels["part"]: int(sample.value) for family in families for sample in family.samples}
 
 
 def measure_tree(root: psutil.Process) -> TreeMemory:

@@ -1,7 +1,7 @@
 """Measurements as a table for the terminal and as JSON for whoever compares them later."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -66,6 +66,16 @@ def memory_table(memory: TreeMemory) -> Table:
     return table
 
 
+def parts_table(parts: Mapping[str, int]) -> Table:
+    """By what it is for, in MiB."""
+    table = Table(title="Memory by part, MiB", title_justify="left", show_footer=True)
+    table.add_column("part", footer="all")
+    table.add_column("", footer=_mebibytes(sum(parts.values())), justify="right")
+    for part, count in parts.items():
+        table.add_row(part, _mebibytes(count))
+    return table
+
+
 def describe_target(target: Target) -> dict[str, Any]:
     """Which server it was; no keys."""
     return {"url": target.url, "model": target.model, "command": target.command}
@@ -78,7 +88,7 @@ def describe_measurement(measurement: Measurement) -> dict[str, Any]:
         "load": measurement.load.model_dump(),
         "median": asdict(measurement.median),
         "runs": [asdict(run) for run in measurement.runs],
-        "memory": memory and {"rss": memory.rss, "pss": memory.pss, "processes": asdict(memory)["processes"]},
+        "memory": memory and {"rss": memory.rss, "pss": memory.pss, **asdict(memory)},
         "notes": measurement.notes,
     }
 

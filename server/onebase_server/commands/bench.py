@@ -60,6 +60,8 @@ def bench(context: typer.Context, output: OutputOption = DEFAULT_OUTPUT, **flags
     console.print(report.throughput_table(measurement), report.latency_table(measurement.median))
     if measurement.memory is not None:
         console.print(report.memory_table(measurement.memory))
+        if measurement.memory.parts:
+            console.print(report.parts_table(measurement.memory.parts))
     print_notes(measurement.notes)
     path = new_file(output, "load")
     server = report.describe_target(target)

@@ -17,11 +17,12 @@ def serve(
     ONEBASE_API_KEY and ONEBASE_ADMIN_KEY only there.
     """
     # here, so that the other commands start without the server's libraries
-    from onebase_server.demo import prepare_demo
+    from onebase_server.demo import prepare_demo, with_demo_defaults
     from onebase_server.serving import run_server
 
     if demo:
         paths = prepare_demo(flags["cache_dir"])
         flags["base"] = flags["base"] or str(paths.base)
         flags["store"] = flags["store"] or paths.store
-    run_server(read_settings(flags))
+    settings = read_settings(flags)
+    run_server(with_demo_defaults(settings) if demo else settings)

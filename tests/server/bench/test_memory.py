@@ -10,9 +10,11 @@ from onebase_server.errors import ConfigurationError
 
 HOLD = "import sys; held = bytearray(b'x' * (64 << 20)); print('ready', flush=True); sys.stdin.read()"
 
+NOWHERE = "http://127.0.0.1:9"
+
 
 def test_the_peak_holds_all_descendants() -> None:
-    watch = MemoryWatch(os.getpid())
+    watch = MemoryWatch(os.getpid(), NOWHERE)
 
     async def look() -> None:
         async with watch.watching():
@@ -28,10 +30,11 @@ def test_the_peak_holds_all_descendants() -> None:
     assert found.rss > 64 << 20
     assert found.pss is None or found.pss > 64 << 20
     assert watch.peak.rss > found.rss
+    assert watch.peak.parts == {}
 
 
 def test_a_process_that_is_not_there_is_refused() -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     with pytest.raises(ConfigurationError, match=f"no process {ended.pid}"):
-        MemoryWatch(ended.pid)
+        MemoryWatch(ended.pid, NOWHERE)

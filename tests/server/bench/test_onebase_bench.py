@@ -40,6 +40,8 @@ def test_it_starts_a_server_measures_it_and_stops_it(
     assert written["median"]["prompt_tokens"] == 4 * 8
     assert written["median"]["failures"] == 0
     assert written["memory"]["rss"] > 50 << 20
+    assert sum(written["memory"]["parts"].values()) == pytest.approx(written["memory"]["rss"], rel=0.05)
+    assert "Memory by part" in result.output
     assert (written["load"]["adapters"], written["load"]["seed"]) == (3, 0)
     assert {"python", "torch", "onebase"} <= set(written["versions"])
     (plot,) = (tmp_path / "results").glob("*-load.png")
