@@ -131,8 +131,11 @@ void attend(const Attention& attention, const Step& step) {
         if constexpr (sizeof(T) == sizeof(BFloat16) && VECTORS % 2 == 0) {
             const Tiles tiles;
             thread_local AmxScratch scratch;
-            for (int64_t i = first; i < last; i++)
-                AmxAttention<VECTORS * LANES>(attention, step, pieces[i], scratch).run();
+            for (int64_t i = first; i < last; i++) {
+                using Piecewise = AmxAttention<VECTORS * LANES>;
+                if (i + 1 < last) Piecewise(attention, step, pieces[i + 1], scratch).prefetch();
+                Piecewise(attention, step, pieces[i], scratch).run();
+            }
             return;
         }
 #endif

@@ -14,7 +14,7 @@ constexpr int64_t STEP_KEYS = 32;      // of a product of weights and values
 constexpr int64_t PAIRS = 16;          // of numbers, in a row of a tile
 constexpr int64_t TILE = MAX_ROWS * 2 * PAIRS;  // numbers of a bfloat16 tile
 constexpr int64_t TILE_DIMS = 16;      // of a tile of values
-constexpr int64_t KEYS_AHEAD = 64;     // fetched before they are needed
+constexpr int64_t KEYS_AHEAD = 128;    // fetched before they are needed
 constexpr int MAX_DIM_TILES = 4;       // as many sums as there are registers for, besides the operands'
 
 // Memory of one thread, kept between its pieces.
@@ -32,6 +32,12 @@ public:
     AmxAttention(const Attention& a, const Step& step, const Piece& piece, AmxScratch& scratch)
         : view_(a, step, piece), scratch_(scratch), first_(view_.first_key() / KEYS * KEYS),
           num_keys_(view_.last_key() + 1 - first_), num_steps_((num_keys_ + STEP_KEYS - 1) / STEP_KEYS) {}
+
+    // Has the memory fetch what the piece reads first, while another one is computed.
+    void prefetch() const {
+        prefetch(0, KEYS_AHEAD, [&](int64_t key) { return view_.key(key); });
+        prefetch(0, KEYS_AHEAD, [&](int64_t key) { return view_.value(key); });
+    }
 
     void run() {
         scratch_.scores.resize(num_steps_ * STEP_KEYS * MAX_ROWS);
@@ -65,8 +71,8 @@ private:
 
     // A head of each token is no stream to the CPU, so it is told what comes next.
     template <class At>
-    void prefetch(int64_t key, At at) const {
-        const int64_t last = std::min(key + STEP_KEYS, num_keys_);
+    void prefetch(int64_t key, int64_t count, At at) const {
+        const int64_t last = std::min(key + count, num_keys_);
         for (; key < last; key++)
             for (int64_t i = 0; i < HEAD; i += 2 * PAIRS) __builtin_prefetch(at(first_ + key) + i);
     }
@@ -85,7 +91,7 @@ private:
     void score_keys() {
         const auto at = [&](int64_t key) { return view_.key(key); };
         for (int64_t key = 0; key < num_steps_ * STEP_KEYS; key += STEP_KEYS) {
-            prefetch(key + KEYS_AHEAD, at);
+            prefetch(key + KEYS_AHEAD, STEP_KEYS, at);
             const Rows first = tile_rows(key, false, at, scratch_.copies.data());
             const Rows second = tile_rows(key + KEYS, false, at, scratch_.copies.data() + KEYS * HEAD);
             _tile_zero(0);
@@ -162,7 +168,7 @@ private:
 #define ONEBASE_STORE(i) if constexpr (TILES > i) _tile_stored(i, sums + (i) * TILE_DIMS, TILES * TILE_DIMS * 4);
             ONEBASE_EACH_TILE(ONEBASE_ZERO)
             for (int64_t step = 0; step < num_steps_; step++) {
-                if (first == 0) prefetch(step * STEP_KEYS + KEYS_AHEAD, at);
+                if (first == 0) prefetch(step * STEP_KEYS + KEYS_AHEAD, STEP_KEYS, at);
                 for (int64_t half = 0; half < 2; half++) {
                     const Rows rows = tile_rows(step * STEP_KEYS + half * KEYS, true, at, scratch_.copies.data());
                     pair_keys<TILES>(rows, values + half * TILE / 2);

@@ -61,6 +61,8 @@ void multiply(const BFloat16* weight, const BFloat16* x_tiles, int64_t k, float*
 #define ONEBASE_STORE(i) if constexpr (TILES > i) _tile_stored(i, sums + (i) * BLOCK * BLOCK, 64);
     ONEBASE_EACH_TILE(ONEBASE_ZERO)
     for (int64_t depth = 0; depth < k / DEPTH; depth++) {
+        // Sixteen rows side by side are no stream to the CPU, so it is told what the next block reads.
+        for (int64_t row = BLOCK; row < 2 * BLOCK; row++) __builtin_prefetch(weight + row * k + depth * DEPTH);
         _tile_loadd(6, weight + depth * DEPTH, 2 * k);
         ONEBASE_EACH_TILE(ONEBASE_MULTIPLY)
     }

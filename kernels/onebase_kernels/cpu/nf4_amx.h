@@ -16,6 +16,7 @@ constexpr int64_t C_TILE = M_TILE * BLOCK_N;
 inline void decode_tile(__m512i codebook, const uint8_t* codes, BFloat16* to) {
 #pragma GCC unroll 8
     for (int64_t row = 0; row < TILE_ROWS; row++) {
+        __builtin_prefetch(codes + row * 64 + BYTES_AHEAD);
         const __m512i packed = _mm512_loadu_si512(codes + row * 64);
         const __m512i pairs[4] = {decode_pair<0>(codebook, packed), decode_pair<1>(codebook, packed),
                                   decode_pair<2>(codebook, packed), decode_pair<3>(codebook, packed)};

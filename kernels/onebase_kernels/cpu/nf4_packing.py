@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from onebase_kernels.cpu.calls import Nf4Group, Nf4Slice
+from onebase_kernels.cpu.memory import resident
 from onebase_kernels.nf4 import BLOCK_SIZE, Nf4Weight
 
 OUTPUTS = 16
@@ -72,8 +73,8 @@ def pack(weights: Sequence[Nf4Weight]) -> TiledNf4:
     Nothing of the weights is kept: a single view would hold the whole mapped file in memory beside what is packed.
     """
     in_features = weights[0].shape[1]
-    codes = torch.cat([_pack_codes(weight) for weight in weights])
-    scales = torch.cat([_pack_scales(weight) for weight in weights])
+    codes = resident(torch.cat([_pack_codes(weight) for weight in weights]))
+    scales = resident(torch.cat([_pack_scales(weight) for weight in weights]))
     widths = tuple(weight.shape[0] for weight in weights)
     nested = [weight.nested for weight in weights if weight.nested is not None]
     nested_scales = tuple(scale.absmax.clone() for scale in nested)

@@ -73,7 +73,9 @@ void multiply_pairs(const Nf4Group& group, int64_t block, const FixedPointRows& 
         __m512i even[ROWS] = {}, odd[ROWS] = {};  // 32 products each, which is what fits
 #pragma GCC unroll 8
         for (int64_t i = 0; i < TILE_ROWS; i++) {
-            const __m512i packed = _mm512_loadu_si512(codes + (tile * TILE_ROWS + i) * 64);
+            const uint8_t* at = codes + (tile * TILE_ROWS + i) * 64;
+            __builtin_prefetch(at + BYTES_AHEAD);
+            const __m512i packed = _mm512_loadu_si512(at);
             const __m512i weights[4] = {decode_pair<0>(codebook, packed), decode_pair<1>(codebook, packed),
                                         decode_pair<2>(codebook, packed), decode_pair<3>(codebook, packed)};
 #pragma GCC unroll 8
