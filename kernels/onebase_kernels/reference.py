@@ -156,9 +156,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 def choose_tokens(logits: Tensor, sampling: SamplingBatch) -> Tensor:
     """One token id for each row of fp32 logits [R, V], by that row's parameters alone → int64 [R].
 
-    The tokens that survive top-k, then top-p (arXiv 1904.09751, a share of what top-k left) and min-p (arXiv 2407.01082)
-    are put in a row, the likeliest first, or all tokens in their own order where nothing limits them by rank; the one
-    is taken at which the cumulative mass exceeds the row's `uniform` share of the whole.
+    The tokens that survive top-k, then top-p (arXiv 1904.09751; a share of what top-k left) and min-p (arXiv
+    2407.01082) are put in a row, the likeliest first, or all tokens in their own order where nothing limits them by
+    rank; the one is taken at which the cumulative mass exceeds the row's `uniform` share of the whole.
     """
     tokens = logits.argmax(dim=-1)
     is_ranked = (sampling.top_k > 0) | (sampling.top_p < 1)
