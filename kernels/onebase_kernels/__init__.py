@@ -28,6 +28,7 @@ __all__ = [
     "StepInputs",
     "add_lora_",
     "add_rms_norm_",
+    "allocate",
     "apply_rope_",
     "best_backend",
     "choose_tokens",
@@ -36,6 +37,7 @@ __all__ = [
     "embed",
     "head_logits",
     "nf4_linear",
+    "pack_dense",
     "pack_nf4",
     "paged_attention",
     "quantize_nf4",
@@ -76,6 +78,8 @@ def _dispatched(definition: Callable[P, R]) -> Callable[P, R]:
 
 
 pack_nf4 = _dispatched(reference.pack_nf4)
+pack_dense = _dispatched(reference.pack_dense)
+allocate = _dispatched(reference.allocate)
 record = _dispatched(reference.record)
 embed = _dispatched(reference.embed)
 nf4_linear = _dispatched(reference.nf4_linear)
@@ -92,7 +96,7 @@ choose_tokens = _dispatched(reference.choose_tokens)
 set_num_threads = _dispatched(reference.set_num_threads)
 
 OPS = (
-    *(pack_nf4, record, embed, nf4_linear, dense_linear, add_lora_, write_kv_, paged_attention),
+    *(pack_nf4, pack_dense, allocate, record, embed, nf4_linear, dense_linear, add_lora_, write_kv_, paged_attention),
     *(rms_norm, add_rms_norm_, apply_rope_, silu_mul, head_logits, choose_tokens, set_num_threads),
 )
 """Everything that a back end may compute."""

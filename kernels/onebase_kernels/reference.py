@@ -18,6 +18,16 @@ def pack_nf4(weights: Sequence[Nf4Weight]) -> PackedNf4:
     return Nf4Group(tuple(weights))
 
 
+def pack_dense(weight: Tensor) -> Tensor:
+    """A weight that is not quantised, once at load, where `dense_linear` and `head_logits` read it fastest."""
+    return weight
+
+
+def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for what stays and is read at every step, not cleared: weights, adapters."""
+    return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
 def record(forward: Callable[[StepInputs], Tensor], max_tokens: int) -> Callable[[StepInputs], Tensor]:
     """`forward`, to be called for every step of up to `max_tokens` tokens, with as little between its ops as can be.
 

@@ -32,6 +32,7 @@ class EngineSettings(BaseModel):
     # how to compute
     quantization: Literal["nf4", "none"] = Field("nf4", description="How the base's linears are kept.")
     double_quant: bool = Field(True, description="Quantise the NF4 block scales too (4.127 bits a parameter).")
+    quantize_head: bool = Field(False, description="Keep the output head in NF4 too: less to read, coarser logits.")
     dtype: Literal["bfloat16", "float32", "float16"] = Field("bfloat16", description="Compute and KV dtype.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute.")
     kernels: KernelsName = Field("auto", description="Which kernels compute.")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onebase_kernels import reference, sdpa_attention
 from onebase_kernels.batch import AttentionBatch, LoraBatch, SamplingBatch, StepInputs
-from onebase_kernels.cpu import calls, execution
+from onebase_kernels.cpu import calls, execution, memory
 from onebase_kernels.cpu.calls import DTYPES, Step
 from onebase_kernels.cpu.execution import empty, run
 from onebase_kernels.cpu.nf4_packing import TiledNf4, can_pack, pack
@@ -27,6 +27,16 @@ _HEAD_SIZES = frozenset({16, 32, 48, 64, 80, 96, 128, 192, 256})
 def pack_nf4(weights: Sequence[Nf4Weight]) -> PackedNf4:
     """As `reference.pack_nf4`, in tiles."""
     return pack(weights) if can_pack(weights) else reference.pack_nf4(weights)
+
+
+def pack_dense(weight: Tensor) -> Tensor:
+    """As `reference.pack_dense`: a copy in huge pages."""
+    return memory.resident(weight) if weight.device.type == "cpu" else weight
+
+
+def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As `reference.allocate`, in huge pages."""
+    return memory.empty(shape, dtype) if device.type == "cpu" else reference.allocate(shape, dtype, device)
 
 
 def record(forward: Callable[[StepInputs], Tensor], max_tokens: int) -> Callable[[StepInputs], Tensor]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import onebase_kernels as kernels
 from onebase_adapters.blobs import read_blob
 from onebase_server.engine.extents import Extents
 from onebase_server.engine.packing import TABLE_COLUMNS, PackedAdapter, pack_adapter
@@ -55,7 +56,7 @@ class AdapterPool:
     ) -> None:
         self.config = config
         self.dtype = dtype
-        self.arena = torch.empty(budget_bytes // dtype.itemsize, dtype=dtype, device=device)
+        self.arena = kernels.allocate((budget_bytes // dtype.itemsize,), dtype, device)
         self.table = torch.zeros(
             config.num_layers, len(config.projection_groups), 16, TABLE_COLUMNS, dtype=torch.int64, device=device
         )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from onebase_kernels import PackedNf4
 from onebase_server.model.linear import LinearGroup
 
 
@@ -53,8 +54,8 @@ class DecoderWeights:
     """[vocab, hidden]."""
     layers: tuple[LayerWeights, ...]
     norm: Tensor
-    head: Tensor
-    """[vocab, hidden]; the embedding itself where the two are tied."""
+    head: Tensor | PackedNf4
+    """[vocab, hidden]; the embedding itself where the two are tied, unless it is quantised."""
 
     @property
     def groups(self) -> Iterator[LinearGroup]:

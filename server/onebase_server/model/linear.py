@@ -42,9 +42,9 @@ class LinearGroup:
         if len(quantised) == len(weights):
             parts: tuple[PackedNf4 | Tensor, ...] = (kernels.pack_nf4(quantised),)
         elif len(dense) == len(weights):
-            parts = (_join(dense),)
+            parts = (kernels.pack_dense(_join(dense)),)
         else:
-            parts = tuple(kernels.pack_nf4([w]) if isinstance(w, Nf4Weight) else w for w in weights)
+            parts = tuple(kernels.pack_nf4([w]) if isinstance(w, Nf4Weight) else kernels.pack_dense(w) for w in weights)
         widths = tuple(weight.shape[0] for weight in weights)
         return cls(parts, widths, _join_biases([linear.bias for linear in linears], widths), place)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import onebase_kernels as kernels
+from onebase_kernels import PackedNf4, quantize_nf4
 from onebase_server.errors import ConfigurationError
 from onebase_server.model import bnb_format, names
 from onebase_server.model.checkpoint import Checkpoint
@@ -27,8 +29,8 @@ def load_decoder(directory: Path, settings: EngineSettings, on_progress: Progres
     """A decoder with the weights of a Hugging Face directory, its linears in NF4 unless `settings` say otherwise.
 
     The NF4 form is made once and kept in the cache directory; a checkpoint that bitsandbytes has quantised is used as
-    it is, whatever the settings say. On the CPU, embeddings and dense weights are mapped from the file, not copied,
-    wherever their dtype is right. `on_progress` hears of quantisation only, so not when the cache has its result.
+    it is, whatever the settings say. On the CPU, what no back end packs is mapped from the file, not copied, wherever
+    its dtype is right. `on_progress` hears of quantisation only, so not when the cache has its result.
 
     Raises:
         ConfigurationError: the directory, the model's configuration or its tensors are not what can be served; CUDA is
@@ -41,7 +43,7 @@ def load_decoder(directory: Path, settings: EngineSettings, on_progress: Progres
     _check_tensors(checkpoint, config)
     if settings.quantization == "nf4" and not config.is_quantized:
         checkpoint = nf4_checkpoint(checkpoint, config, settings.cache_dir, settings.double_quant, device, on_progress)
-    weights = _Loader(checkpoint, config, _DTYPES[settings.dtype], device).load()
+    weights = _Loader(checkpoint, config, settings, device).load()
     return Decoder(config, weights, context)
 
 
@@ -91,22 +93,34 @@ def _check_shape(directory: Path, name: str, found: names.Shape, expected: names
 class _Loader:
     """Reads a checkpoint's tensors into a decoder's weights."""
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, config: ModelConfig, settings: EngineSettings, device: torch.device
+    ) -> None:
         self.checkpoint = checkpoint
         self.config = config
-        self.dtype = dtype
+        self.settings = settings
+        self.dtype = _DTYPES[settings.dtype]
         self.device = device
 
     def load(self) -> DecoderWeights:
         """Everything, layer by layer."""
         tensors = self.checkpoint.read(names.outer_shapes(self.config))
         embedding = self._dense(tensors[names.EMBEDDING])
+        head = embedding if self.config.tie_word_embeddings else self._dense(tensors[names.HEAD])
+        packed_head = self._pack_head(head)
+        if head is embedding and isinstance(packed_head, Tensor):
+            embedding = packed_head
         return DecoderWeights(
             embedding=embedding,
             layers=tuple(self._layer(layer) for layer in range(self.config.num_layers)),
             norm=self._vector(tensors[names.FINAL_NORM]),
-            head=embedding if self.config.tie_word_embeddings else self._dense(tensors[names.HEAD]),
+            head=packed_head,
         )
+
+    def _pack_head(self, weight: Tensor) -> Tensor | PackedNf4:
+        if self.settings.quantize_head:
+            return kernels.pack_nf4([quantize_nf4(weight, self.settings.double_quant)])
+        return kernels.pack_dense(weight)
 
     def _layer(self, layer: int) -> LayerWeights:
         shapes = names.layer_shapes(self.config, layer)

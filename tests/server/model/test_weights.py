@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from onebase_kernels import Nf4Group
+from onebase_kernels import Nf4Group, dequantize_nf4, quantize_nf4
 from onebase_server.errors import ConfigurationError
 from onebase_server.model.weights import load_decoder
 from onebase_server.settings import EngineSettings
@@ -189,6 +189,20 @@ def test_the_report_counts_every_part(make_model: MakeModel, engine_settings: Ma
     plain = load_decoder(tmp_path / "model", engine_settings(quantization="none"))
     assert plain.weights.report().bits_per_parameter == 32
     assert plain.weights.head is plain.weights.embedding
+
+
+def test_a_quantised_head_gives_the_logits_of_its_rounded_weights(
+    make_model: MakeModel, engine_settings: MakeSettings, tmp_path: Path
+) -> None:
+    make_model("llama", tie_word_embeddings=True)
+    plain = load_decoder(tmp_path / "model", engine_settings())
+    quantised = load_decoder(tmp_path / "model", engine_settings(quantize_head=True))
+    embedding = plain.weights.embedding
+    assert torch.equal(quantised.weights.embedding, embedding)
+    hidden = torch.randn(3, embedding.shape[1])
+    rounded = dequantize_nf4(quantize_nf4(embedding), torch.float32)
+    torch.testing.assert_close(quantised.compute_logits(hidden), hidden @ rounded.T, rtol=1e-4, atol=1e-5)
+    assert quantised.weights.report().embedding_bytes > embedding.nbytes
 
 
 MEASURE_PEAK = """
