@@ -41,6 +41,13 @@ def test_nf4_linear_is_the_product_with_the_dequantised_weights(
     assert relative_error(half, expected) < 1e-2
 
 
+def test_packing_weights_changes_neither_their_number_nor_their_bytes(backend: str) -> None:
+    weight = quantize_nf4(random(2048, 2048) * 0.02)  # with 256 nested scales, as many as the map has values
+    packed = kernels.pack_nf4([weight])
+    assert packed.num_parameters == 2048 * 2048
+    assert packed.nbytes == pytest.approx(weight.nbytes, rel=1e-4)  # some back ends pad
+
+
 def test_nf4_linear_adds_the_bias_of_all_weights(backend: str) -> None:
     weights = [quantize_nf4(random(n, 128, seed=n)) for n in (32, 16)]
     packed, x, bias = kernels.pack_nf4(weights), random(3, 128), random(48, seed=1)

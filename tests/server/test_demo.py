@@ -11,9 +11,18 @@ import pytest
 from safetensors.numpy import save_file
 
 from onebase_adapters.store import AdapterStore
-from onebase_server.demo import BASE_NAME, bundled_adapters, demo_base_dir, demo_store_dir, prepare_demo
+from onebase_server.demo import (
+    BASE_NAME,
+    KV_CACHE_MEMORY,
+    bundled_adapters,
+    demo_base_dir,
+    demo_store_dir,
+    prepare_demo,
+    with_demo_defaults,
+)
 from onebase_server.errors import ConfigurationError
 from onebase_server.model.tokenizer import Tokenizer
+from onebase_server.settings import Settings
 
 WriteAdapter = Callable[[float], Path]
 
@@ -57,6 +66,15 @@ def versions_of(cache: Path, name: str) -> list[tuple[int, bool]]:
 
 def names_in(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
+
+
+def test_a_demo_server_is_small_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ONEBASE_KV_CACHE_MEMORY", raising=False)
+    assert with_demo_defaults(Settings(base="x")).kv_cache_memory == KV_CACHE_MEMORY
+    assert with_demo_defaults(Settings(base="x", kv_cache_memory=1 << 30)).kv_cache_memory == 1 << 30
+    monkeypatch.setenv("ONEBASE_KV_CACHE_MEMORY", "512MiB")
+    assert with_demo_defaults(Settings(base="x")).kv_cache_memory == 512 << 20
 
 
 def test_environment_says_where_the_demo_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ READY_SECONDS = 600
 STOP_SECONDS = 40
 LOG_LINES = 15
 _NUMBER_BYTES = 2
-"""Of an adapter, in the store (float16) as on the device (bfloat16)."""
+"""Of an adapter, in the store (float16) as on the device (bfloat16), and of the KV cache."""
 
 
 @dataclass
@@ -80,6 +80,14 @@ class OwnServer:
 def _numbers_and_ranks(count: int, ranks: Sequence[int]) -> dict[str, tuple[int, int]]:
     """Number and rank of each of `count` adapters, by name."""
     return {f"random-{i}-rank-{ranks[i % len(ranks)]}": (i, ranks[i % len(ranks)]) for i in range(count)}
+
+
+def kv_cache_bytes(config: ModelConfig, num_requests: int, request_tokens: int) -> int:
+    """What so many requests at once need of the KV cache in its default form; less would measure waiting."""
+    most_requests: int = EngineSettings.model_fields["max_num_seqs"].default
+    block_size: int = EngineSettings.model_fields["block_size"].default
+    tokens = min(num_requests, most_requests) * (request_tokens + block_size)  # a request's last block may be empty
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * _NUMBER_BYTES * tokens
 
 
 @contextmanager

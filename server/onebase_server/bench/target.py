@@ -8,12 +8,16 @@ from typing import Protocol
 
 from onebase_server.bench.dialects import DIALECTS, Dialect, Served, discover
 from onebase_server.bench.load import Load, LoadTraits
-from onebase_server.bench.own_server import start_server
+from onebase_server.bench.own_server import kv_cache_bytes, start_server
 from onebase_server.bench.prompts import Prompts, TextPrompts, TokenIdPrompts
 from onebase_server.bench.server_choice import ServerChoice
 from onebase_server.errors import ConfigurationError
+from onebase_server.model.config import ModelConfig
 from onebase_server.model.tokenizer import Tokenizer
 from onebase_server.progress import OnProgress, ignore_progress
+from onebase_server.settings import EngineSettings
+
+_DEFAULT_KV_CACHE_MEMORY: int = EngineSettings.model_fields["kv_cache_memory"].default
 
 
 class AdapterSource(Protocol):
@@ -71,12 +75,17 @@ def open_target(choice: ServerChoice, load: Load) -> Iterator[Target]:
     if choice.url is not None:
         yield running_target(choice, load)
         return
-    base = choice.base if choice.base is not None else _demo_base()
+    base, kv_cache_memory = _demo() if choice.base is None else (choice.base, _DEFAULT_KV_CACHE_MEMORY)
     if not base.is_dir():
         raise ConfigurationError(f"--base {base} is not a directory.")
-    running_adapters = min(load.num_adapters, load.concurrency or load.requests)
+    num_requests = load.concurrency or load.requests
+    needed = kv_cache_bytes(ModelConfig.from_directory(base), num_requests, load.prompt_tokens + load.output_tokens)
     with start_server(
-        base, choice.serve_arguments, running_adapters=running_adapters, max_rank=max(choice.ranks), seed=load.seed
+        base,
+        ("--kv-cache-memory", str(max(kv_cache_memory, needed)), *choice.serve_arguments),
+        running_adapters=min(load.num_adapters, num_requests),
+        max_rank=max(choice.ranks),
+        seed=load.seed,
     ) as server:
         yield Target(
             url=server.url,
@@ -114,7 +123,8 @@ def _prompts(load: LoadTraits, vocab_size: int, tokenizer: Path | None) -> Promp
     return TextPrompts(Tokenizer.from_directory(tokenizer))
 
 
-def _demo_base() -> Path:
-    from onebase_server.demo import prepare_demo  # here, for it is needed with --demo only
+def _demo() -> tuple[Path, int]:
+    """The demo's base, and the bytes of a demo server's KV cache."""
+    from onebase_server.demo import KV_CACHE_MEMORY, prepare_demo  # here, for it is needed with --demo only
 
-    return prepare_demo().base
+    return prepare_demo().base, KV_CACHE_MEMORY

@@ -10,8 +10,9 @@ import psutil
 import pytest
 from typer.testing import Result
 
-from onebase_server.bench.own_server import OwnServer
+from onebase_server.bench.own_server import OwnServer, kv_cache_bytes
 from onebase_server.bench.random_adapters import num_parameters
+from onebase_server.model.config import ModelConfig
 
 Bench = Callable[..., Result]
 
@@ -100,6 +101,13 @@ def test_scale_refuses_what_there_cannot_be_before_it_measures(
     assert result.exit_code == 1
     assert "the load asks for 99" in result.output
     assert not list((tmp_path / "results").glob("*.json"))
+
+
+def test_the_kv_cache_has_room_for_all_requests_of_a_load(word_base: Path) -> None:
+    config = ModelConfig.from_directory(word_base)
+    token = kv_cache_bytes(config, 1, 1) // 17
+    assert kv_cache_bytes(config, 3, 100) == 3 * (100 + 16) * token
+    assert kv_cache_bytes(config, 1000, 100) == 64 * (100 + 16) * token, "no more of them run at once"
 
 
 def test_random_adapters_are_the_same_for_the_same_seed_and_have_the_rank_asked_for(own_server: OwnServer) -> None:

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import onebase_kernels as kernels
 from onebase_kernels import Nf4Group, dequantize_nf4, quantize_nf4
+from onebase_kernels.cpu.library import runnable_variants
 from onebase_server.errors import ConfigurationError
 from onebase_server.model.weights import load_decoder
 from onebase_server.settings import EngineSettings
@@ -203,6 +205,22 @@ def test_a_quantised_head_gives_the_logits_of_its_rounded_weights(
     rounded = dequantize_nf4(quantize_nf4(embedding), torch.float32)
     torch.testing.assert_close(quantised.compute_logits(hidden), hidden @ rounded.T, rtol=1e-4, atol=1e-5)
     assert quantised.weights.report().embedding_bytes > embedding.nbytes
+
+
+@pytest.mark.skipif(not runnable_variants(), reason="packs by the C++ kernels, which are not built here")
+def test_what_was_packed_lets_go_of_its_file(
+    make_model: MakeModel, engine_settings: MakeSettings, tmp_path: Path
+) -> None:
+    make_model("llama", attention_bias=True)
+    kernels.use_backend("cpu")
+    try:
+        decoder = load_decoder(tmp_path / "model", engine_settings())
+    finally:
+        kernels.use_backend("reference")
+    mapped = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    quantised = {Path(file).name for file in mapped if file.startswith(str(tmp_path / "cache"))}
+    assert quantised <= {"model-00001-of-00004.safetensors"}, "only the embedding's, which is not packed"
+    assert decoder.weights.layers[0].qkv.bias is not None
 
 
 MEASURE_PEAK = """
