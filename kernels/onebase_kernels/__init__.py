@@ -29,6 +29,7 @@ __all__ = [
     "add_lora_",
     "add_rms_norm_",
     "allocate",
+    "allocate_kv",
     "apply_rope_",
     "best_backend",
     "choose_tokens",
@@ -80,6 +81,7 @@ def _dispatched(definition: Callable[P, R]) -> Callable[P, R]:
 pack_nf4 = _dispatched(reference.pack_nf4)
 pack_dense = _dispatched(reference.pack_dense)
 allocate = _dispatched(reference.allocate)
+allocate_kv = _dispatched(reference.allocate_kv)
 record = _dispatched(reference.record)
 embed = _dispatched(reference.embed)
 nf4_linear = _dispatched(reference.nf4_linear)
@@ -96,8 +98,9 @@ choose_tokens = _dispatched(reference.choose_tokens)
 set_num_threads = _dispatched(reference.set_num_threads)
 
 OPS = (
-    *(pack_nf4, pack_dense, allocate, record, embed, nf4_linear, dense_linear, add_lora_, write_kv_, paged_attention),
-    *(rms_norm, add_rms_norm_, apply_rope_, silu_mul, head_logits, choose_tokens, set_num_threads),
+    *(pack_nf4, pack_dense, allocate, allocate_kv, record, set_num_threads),
+    *(embed, nf4_linear, dense_linear, add_lora_, write_kv_, paged_attention),
+    *(rms_norm, add_rms_norm_, apply_rope_, silu_mul, head_logits, choose_tokens),
 )
 """Everything that a back end may compute."""
 

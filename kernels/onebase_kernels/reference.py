@@ -28,6 +28,14 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
     return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
+def allocate_kv(
+    num_layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """Each layer's caches of keys and values, not cleared, of shape [blocks, block, Hkv, D] however they lie."""
+    whole = torch.empty((num_layers, 2, *shape), dtype=dtype, device=device)
+    return [(layer[0], layer[1]) for layer in whole]
+
+
 def record(forward: Callable[[StepInputs], Tensor], max_tokens: int) -> Callable[[StepInputs], Tensor]:
     """`forward`, to be called for every step of up to `max_tokens` tokens, with as little between its ops as can be.
 
@@ -93,8 +101,9 @@ def write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Att
 
     Caches are [blocks, block, Hkv, D]; `batch.slot_mapping` has the slots.
     """
-    k_cache.view(-1, *k.shape[1:])[batch.slot_mapping] = k
-    v_cache.view(-1, *v.shape[1:])[batch.slot_mapping] = v
+    where = (batch.slot_mapping // k_cache.shape[1], batch.slot_mapping % k_cache.shape[1])
+    k_cache[where] = k
+    v_cache[where] = v
 
 
 def paged_attention(

@@ -16,7 +16,14 @@ HEAD_DIM = 32
 class PagedRequests:
     """Requests with random keys and values, laid out in scattered blocks of a cache that is NaN elsewhere."""
 
-    def __init__(self, lengths: Sequence[tuple[int, int]], heads: int, kv_heads: int, block_size: int) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[tuple[int, int]],
+        heads: int,
+        kv_heads: int,
+        block_size: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         """Lengths are (query_len, context_len) per request."""
         torch.manual_seed(0)
         self.keys = [torch.randn(context, kv_heads, HEAD_DIM) for _, context in lengths]
@@ -28,13 +35,15 @@ class PagedRequests:
         for row, (stop, count) in enumerate(zip(torch.tensor(counts).cumsum(0).tolist(), counts, strict=True)):
             tables[row, :count] = free[stop - count : stop]
         cache_shape = (sum(counts) + 3, block_size, kv_heads, HEAD_DIM)
-        self.k_cache, self.v_cache = torch.full(cache_shape, torch.nan), torch.full(cache_shape, torch.nan)
+        ((self.k_cache, self.v_cache),) = kernels.allocate_kv(1, cache_shape, dtype, torch.device("cpu"))
+        self.k_cache.fill_(torch.nan)
+        self.v_cache.fill_(torch.nan)
         slots = []
         for row, (query, context) in enumerate(lengths):
             positions = torch.arange(context)
             where = tables[row, positions // block_size].long() * block_size + positions % block_size
             whole = AttentionBatch((0, context), (context,), tables[row : row + 1], where)
-            kernels.write_kv_(self.keys[row], self.values[row], self.k_cache, self.v_cache, whole)
+            kernels.write_kv_(self.keys[row].to(dtype), self.values[row].to(dtype), self.k_cache, self.v_cache, whole)
             slots.append(where[context - query :])
         starts = torch.tensor([0] + [query for query, _ in lengths]).cumsum(0).tolist()
         self.batch = AttentionBatch(tuple(starts), tuple(context for _, context in lengths), tables, torch.cat(slots))
@@ -95,11 +104,11 @@ def test_bfloat16_stays_near_float32(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(f"{__name__}.HEAD_DIM", head_dim)
-    requests = PagedRequests(lengths, *heads, block_size=block_size)
+    requests = PagedRequests(lengths, *heads, block_size=block_size, dtype=torch.bfloat16)
     out = kernels.paged_attention(
         requests.q.bfloat16(),
-        requests.k_cache.bfloat16(),
-        requests.v_cache.bfloat16(),
+        requests.k_cache,
+        requests.v_cache,
         requests.batch,
         scale=0.3,
         window=window,

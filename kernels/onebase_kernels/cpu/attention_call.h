@@ -13,8 +13,9 @@ struct Attention {
     const void* q;  // [tokens, heads, head_size], tokens q_stride numbers apart
     void* out;      // [tokens, heads, head_size], contiguous
     const void* k_cache;
-    const void* v_cache;  // [blocks, block_size, kv_heads, head_size]
+    const void* v_cache;  // [blocks, block_size, kv_heads, head_size], each head's numbers side by side
     int64_t q_stride;
+    int64_t block_stride, slot_stride, head_stride;  // numbers from one to the next in both caches
     int64_t block_size, heads, kv_heads, head_size;
     int64_t window;  // how many keys a query sees, itself included; 0 for all
     float scale;
@@ -68,15 +69,15 @@ public:
     const T* value(int64_t key) const { return at(a_.v_cache, key); }
 
     // Keys of one block lie so many numbers apart.
-    int64_t key_stride() const { return a_.kv_heads * HEAD; }
+    int64_t key_stride() const { return a_.slot_stride; }
     int64_t block_size() const { return a_.block_size; }
 
 private:
     int64_t token(int64_t row) const { return first_token_ + (piece_.first_row + row) / group_; }
     int64_t head(int64_t row) const { return piece_.kv_head * group_ + (piece_.first_row + row) % group_; }
     const T* at(const void* cache, int64_t key) const {
-        const int64_t slot = int64_t(blocks_[key / a_.block_size]) * a_.block_size + key % a_.block_size;
-        return static_cast<const T*>(cache) + (slot * a_.kv_heads + piece_.kv_head) * HEAD;
+        return static_cast<const T*>(cache) + blocks_[key / a_.block_size] * a_.block_stride +
+               key % a_.block_size * a_.slot_stride + piece_.kv_head * a_.head_stride;
     }
 
     const Attention& a_;

@@ -39,6 +39,21 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
     return memory.empty(shape, dtype) if device.type == "cpu" else reference.allocate(shape, dtype, device)
 
 
+def allocate_kv(
+    num_layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """As `reference.allocate_kv`, in huge pages, block by block and head by head.
+
+    What attention reads at a time, a head's keys in a block, then lies side by side, and what all layers have of a
+    block fills few pages, so that huge ones do not cost more memory than is written to.
+    """
+    blocks, block_size, heads, head_size = shape
+    if dtype not in DTYPES or head_size not in _HEAD_SIZES or device.type != "cpu":
+        return reference.allocate_kv(num_layers, shape, dtype, device)
+    whole = memory.empty((blocks, num_layers, 2, heads, block_size, head_size), dtype).transpose(3, 4)
+    return [(whole[:, layer, 0], whole[:, layer, 1]) for layer in range(num_layers)]
+
+
 def record(forward: Callable[[StepInputs], Tensor], max_tokens: int) -> Callable[[StepInputs], Tensor]:
     """As `reference.record`: a program where the library carries all of the step, else `forward` as it is."""
     try:
@@ -149,17 +164,23 @@ def _widths(widths: tuple[int, ...]) -> "ctypes.Array[ctypes.c_int64]":
 
 def write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> None:
     """As `reference.write_kv_`."""
-    for new, old in ((k, k_cache), (v, v_cache)):
-        if not _has_plain_tokens(new) or new.dtype != old.dtype or not _are_plain(old, batch.slot_mapping):
+    for new, cached in ((k, k_cache), (v, v_cache)):
+        is_plain = _has_plain_tokens(new) and cached.stride(3) == 1 and batch.slot_mapping.is_contiguous()
+        if not is_plain or new.dtype != cached.dtype:
             reference.write_kv_(k, v, k_cache, v_cache, batch)
             return
-    for new, old in ((k, k_cache), (v, v_cache)):
+    for new, cached in ((k, k_cache), (v, v_cache)):
         size = new.element_size()
         call = calls.WriteCache(
             x=new.data_ptr(),
-            row_stride=new.stride(0) * size,
-            row_bytes=new.shape[1] * new.shape[2] * size,
-            cache=old.data_ptr(),
+            x_stride=new.stride(0) * size,
+            cache=cached.data_ptr(),
+            block_stride=cached.stride(0) * size,
+            slot_stride=cached.stride(1) * size,
+            head_stride=cached.stride(2) * size,
+            block_size=cached.shape[1],
+            heads=cached.shape[2],
+            head_bytes=cached.shape[3] * size,
         )
         run(call, Step(rows=new.shape[0], slot_mapping=batch.slot_mapping.data_ptr()))
 
@@ -169,7 +190,8 @@ def paged_attention(
 ) -> Tensor:
     """As `reference.paged_attention`."""
     is_carried = q.dtype in DTYPES and q.dtype == k_cache.dtype == v_cache.dtype and q.shape[2] in _HEAD_SIZES
-    if not is_carried or not _has_plain_tokens(q) or not _are_plain(k_cache, v_cache, batch.block_tables):
+    is_plain = _has_plain_tokens(q) and batch.block_tables.is_contiguous() and k_cache.stride(3) == 1
+    if not is_carried or not is_plain or k_cache.stride() != v_cache.stride():
         return sdpa_attention.paged_attention(q, k_cache, v_cache, batch, scale, window)
     out = empty(q.shape, q.dtype)
     call = calls.Attention(
@@ -178,6 +200,9 @@ def paged_attention(
         k_cache=k_cache.data_ptr(),
         v_cache=v_cache.data_ptr(),
         q_stride=q.stride(0),
+        block_stride=k_cache.stride(0),
+        slot_stride=k_cache.stride(1),
+        head_stride=k_cache.stride(2),
         block_size=k_cache.shape[1],
         heads=q.shape[1],
         kv_heads=k_cache.shape[2],

@@ -110,6 +110,9 @@ class Attention(ctypes.Structure):
         ("k_cache", Pointer),
         ("v_cache", Pointer),
         ("q_stride", Int),
+        ("block_stride", Int),
+        ("slot_stride", Int),
+        ("head_stride", Int),
         ("block_size", Int),
         ("heads", Int),
         ("kv_heads", Int),
@@ -170,7 +173,17 @@ class WriteCache(ctypes.Structure):
     """elementwise.cpp; strides and sizes are bytes."""
 
     op = "onebase_write_cache"
-    _fields_ = (("x", Pointer), ("row_stride", Int), ("row_bytes", Int), ("cache", Pointer))
+    _fields_ = (
+        ("x", Pointer),
+        ("x_stride", Int),
+        ("cache", Pointer),
+        ("block_stride", Int),
+        ("slot_stride", Int),
+        ("head_stride", Int),
+        ("block_size", Int),
+        ("heads", Int),
+        ("head_bytes", Int),
+    )
 
 
 class ChooseTokens(ctypes.Structure):

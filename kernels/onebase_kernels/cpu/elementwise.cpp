@@ -8,7 +8,7 @@ namespace onebase {
 namespace {
 
 // Below so many numbers, waking other threads costs more than they save.
-constexpr int64_t WORTH_SHARING = 1 << 14;
+constexpr int64_t WORTH_SHARING = 1 << 13;
 
 template <class Body>
 void for_rows(int64_t rows, int64_t numbers_per_row, Body body) {
@@ -108,10 +108,13 @@ struct SiluMul {
     int32_t dtype;
 };
 
+// Strides and sizes are bytes here.
 struct WriteCache {
-    const char* x;
-    int64_t row_stride, row_bytes;
-    char* cache;
+    const char* x;  // [rows, heads, head_bytes], a row's heads without gaps
+    int64_t x_stride;
+    char* cache;  // [blocks, block_size, heads, head_bytes]
+    int64_t block_stride, slot_stride, head_stride;
+    int64_t block_size, heads, head_bytes;
 };
 
 }  // namespace onebase
@@ -157,9 +160,12 @@ ONEBASE_EXPORT void onebase_silu_mul(const onebase::SiluMul* call, const onebase
     });
 }
 
-// Copies each row's heads (contiguous, rows row_stride bytes apart) to its slot of a cache.
 ONEBASE_EXPORT void onebase_write_cache(const onebase::WriteCache* call, const onebase::Step* step) {
-    for (int64_t row = 0; row < step->rows; row++)
-        std::memcpy(call->cache + step->slot_mapping[row] * call->row_bytes, call->x + row * call->row_stride,
-                    call->row_bytes);
+    for (int64_t row = 0; row < step->rows; row++) {
+        const int64_t slot = step->slot_mapping[row];
+        char* to = call->cache + slot / call->block_size * call->block_stride + slot % call->block_size * call->slot_stride;
+        for (int64_t head = 0; head < call->heads; head++)
+            std::memcpy(to + head * call->head_stride, call->x + row * call->x_stride + head * call->head_bytes,
+                        call->head_bytes);
+    }
 }

@@ -17,7 +17,7 @@ constexpr int64_t BLOCK_K = 64;
 constexpr int64_t TILE_BYTES = BLOCK_N * BLOCK_K / 2;
 constexpr int64_t TILE_ROWS = 8;
 constexpr int64_t ROW_INPUTS = BLOCK_K / TILE_ROWS;
-constexpr int64_t BYTES_AHEAD = 2048;  // that codes are fetched before they are needed
+constexpr int64_t BYTES_AHEAD = 8192;  // that codes are fetched before they are needed
 constexpr int64_t NESTED_BLOCK = 256;  // 8-bit scales that share an fp32 scale
 
 inline const F32x16 CODEBOOK = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import onebase_kernels as kernels
 from onebase_server.model.config import ModelConfig
 
 
@@ -41,8 +42,5 @@ def allocate_kv_cache(
 ) -> KvCache:
     """Memory for `num_blocks` blocks, not cleared: no op reads what was not written, and such a page costs none."""
     shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
-
-    def one_per_layer() -> tuple[Tensor, ...]:
-        return tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers))
-
-    return KvCache(keys=one_per_layer(), values=one_per_layer())
+    keys, values = zip(*kernels.allocate_kv(config.num_layers, shape, dtype, device), strict=True)
+    return KvCache(keys=keys, values=values)
