@@ -95,7 +95,8 @@ def read_messages(connection: EngineSocket, inbox: Inbox) -> None:
 
 def main() -> None:
     """Entry point of the process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the API process decides
+    for name in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the API process decides
+        signal.signal(name, signal.SIG_IGN)
     connection = EngineSocket(socket.socket(fileno=int(sys.argv[1])))
     settings = connection.receive_settings()
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s engine: %(message)s")
