@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from onebase_kernels import reference
-from onebase_kernels.batch import AttentionBatch, LoraBatch, SamplingBatch, Segment, StepInputs
+from onebase_kernels.batch import TABLE_COLUMNS, AttentionBatch, LoraBatch, SamplingBatch, Segment, StepInputs
 from onebase_kernels.cpu.library import LibraryUnavailable, load_library
 from onebase_kernels.nf4 import NestedScales, Nf4Group, Nf4Weight, PackedNf4, dequantize_nf4, quantize_nf4
 
 __all__ = [
+    "TABLE_COLUMNS",
     "AttentionBatch",
     "BackendName",
     "LibraryUnavailable",

@@ -18,6 +18,10 @@ class Segment(NamedTuple):
     stop: int
 
 
+TABLE_COLUMNS = 5
+"""Of a row of `LoraBatch.table`."""
+
+
 @dataclass(frozen=True, eq=False)
 class LoraBatch:
     """Which tokens of the step use which adapter, and where adapters lie; `add_lora_` says how they are laid out."""
@@ -25,7 +29,7 @@ class LoraBatch:
     arena: Tensor
     """[E], in the compute dtype: the numbers of all adapters in device memory."""
     table: Tensor
-    """int64 [places, slots, 4]: for each projection group of each layer, each slot's `(offset, r₀, r₁, r₂)`."""
+    """int64 [places, slots, 5]: for each group of each layer, each slot's `(offset, r₀, r₁, r₂, epilogues)`."""
     segments: tuple[Segment, ...]
     """In the order of the step; tokens without an adapter are in none."""
     max_rank: int | None = None

@@ -66,10 +66,13 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequence[int]) -> None:
     """Add each segment's adapter to its rows of y: `y[start:stop, slice i] += (x[start:stop] Aᵢᵀ) Bᵢᵀ`.
 
-    y [T, ΣNᵢ] and x [T, K] are a projection group's output and input, widths its (N₀, …). `lora.arena` holds all
-    adapters' numbers; row `lora.table[place, slot]` is `(offset, r₀, r₁, r₂)`: at `offset` lie A₀… stacked as [Σrᵢ, K],
-    then each Bᵢ transposed, [rᵢ, Nᵢ], the scale folded in. Rank 0 is a slice that the adapter leaves alone; rows of y
-    in no segment are not touched. (LoRA, arXiv 2106.09685; the batched form is Punica's, arXiv 2310.18547.)
+    Then, in the slices that have an epilogue, `y ← (1 + gainᵢ) ⊙ y + shiftᵢ`, alike for all rows of the segment (DoRA's
+    magnitudes, IA³'s vectors, biases). y [T, ΣNᵢ] and x [T, K] are a projection group's output and input, widths its
+    (N₀, …). `lora.arena` holds all adapters' numbers; a row `lora.table[place, slot]` is `(offset, r₀, r₁, r₂,
+    epilogues)`: at `offset` lie A₀… stacked as [Σrᵢ, K], then each Bᵢ transposed, [rᵢ, Nᵢ], the scale folded in, then
+    gainᵢ and shiftᵢ, [Nᵢ] each, of every slice whose bit i is set in `epilogues`. A gain is the factor less one, as
+    that is near 0, where bfloat16 is finer than near 1. Rank 0 is a slice without a low-rank update; rows of y in no
+    segment are not touched. (LoRA, arXiv 2106.09685; the batched form is Punica's, arXiv 2310.18547.)
     """
     for slot, start, stop in lora.segments:
         add_adapter_(y[start:stop], x[start:stop], lora.arena, lora.table[place, slot], widths, torch.float32)
@@ -80,20 +83,25 @@ def add_adapter_(
 ) -> None:
     """`add_lora_` for rows that all use the adapter at one row of the table, the products taken in `compute_dtype`."""
     in_features = x.shape[1]
-    offset, *ranks = row.tolist()
-    if not any(ranks):
+    offset, *ranks, epilogues = row.tolist()
+    if not any(ranks) and not epilogues:
         return
     end = offset + sum(ranks) * in_features
-    lora_a = arena[offset:end].view(-1, in_features)
+    lora_a = arena[offset:end].view(sum(ranks), in_features)
     shrunk = x.to(compute_dtype) @ lora_a.to(compute_dtype).T
-    column = first = 0
-    for rank, width in zip(ranks, widths, strict=False):  # groups of fewer than three slices leave ranks unused
+    slices = torch.split(y, list(widths), dim=1)
+    first = 0
+    for rank, width, part in zip(ranks, widths, slices, strict=False):  # fewer than three slices leave ranks unused
         if rank:
             lora_b = arena[end : end + rank * width].view(rank, width)
-            y[:, column : column + width] += shrunk[:, first : first + rank] @ lora_b.to(compute_dtype)
+            part += shrunk[:, first : first + rank] @ lora_b.to(compute_dtype)
             end += rank * width
-        column += width
         first += rank
+    for index, (width, part) in enumerate(zip(widths, slices, strict=True)):
+        if epilogues >> index & 1:
+            gain, shift = arena[end : end + 2 * width].view(2, width).to(compute_dtype)
+            part += part * gain + shift
+            end += 2 * width
 
 
 def write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> None:

@@ -70,9 +70,17 @@ def test_dense_linear_is_the_product_plus_the_bias(backend: str, outputs: int, i
 class Arena:
     """Adapters of one projection group packed as `add_lora_` wants them, amid NaN that must not be read."""
 
-    def __init__(self, in_features: int, widths: Sequence[int], adapters: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        widths: Sequence[int],
+        adapters: Sequence[Sequence[int]],
+        epilogues: Sequence[int] = (0,) * 4,
+    ) -> None:
+        """The ranks of each adapter's slices, and which of them have an epilogue: a bit for each."""
         self.in_features, self.widths = in_features, widths
         self.pairs: list[Pairs] = []
+        self.epilogues: list[Pairs] = []
         chunks, rows, offset = [torch.full((5,), torch.nan)], [], 5
         for slot, ranks in enumerate(adapters):
             pairs: Pairs = [
@@ -80,10 +88,18 @@ class Arena:
                 for rank, width in zip(ranks, widths, strict=True)
             ]
             numbers = [a.flatten() for a, _ in filter(None, pairs)] + [b.T.flatten() for _, b in filter(None, pairs)]
-            rows.append([offset, *ranks, *[0] * (3 - len(ranks))])
+            vectors: Pairs = [
+                (0.3 * random(width, seed=slot + 200), random(width, seed=slot + 300))
+                if epilogues[slot] >> i & 1
+                else None
+                for i, width in enumerate(widths)
+            ]
+            numbers += [vector for pair in filter(None, vectors) for vector in pair]
+            rows.append([offset, *ranks, *[0] * (3 - len(ranks)), epilogues[slot]])
             chunks += [*numbers, torch.full((3,), torch.nan)]
             offset += sum(map(len, numbers)) + 3
             self.pairs.append(pairs)
+            self.epilogues.append(vectors)
         self.numbers = torch.cat(chunks)
         self.table = torch.tensor(rows, dtype=torch.int64)
 
@@ -93,16 +109,18 @@ class Arena:
         lora = LoraBatch(self.numbers.to(y.dtype), torch.stack([nowhere, self.table, nowhere]), tuple(segments))
         kernels.add_lora_(y, x, lora, 1, self.widths)
 
-    def expected(self, x: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """What the side path adds to zeros."""
-        y = torch.zeros(len(x), sum(self.widths))
+    def expected(self, y: Tensor, x: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """What the side path makes of y."""
+        y = y.clone()
         for slot, start, stop in segments:
-            column = 0
-            for pair, width in zip(self.pairs[slot], self.widths, strict=True):
+            slices = torch.split(y[start:stop], list(self.widths), dim=1)
+            for part, pair, vectors in zip(slices, self.pairs[slot], self.epilogues[slot], strict=True):
                 if pair is not None:
                     lora_a, lora_b = pair
-                    y[start:stop, column : column + width] += x[start:stop] @ lora_a.T @ lora_b.T
-                column += width
+                    part += x[start:stop] @ lora_a.T @ lora_b.T
+                if vectors is not None:
+                    gain, shift = vectors
+                    part.copy_((1 + gain) * part + shift)
         return y
 
 
@@ -126,26 +144,43 @@ def test_each_row_gets_its_own_adapter_and_others_are_untouched(backend: str, gr
     x, base = random(11, 48, seed=7), random(11, sum(widths), seed=8)
     y = base.clone()
     arena.add_to(y, x, segments)
-    expected = arena.expected(x, segments)
-    torch.testing.assert_close(y - base, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y, arena.expected(base, x, segments), rtol=1e-4, atol=1e-4)
     idle = torch.ones(11, dtype=torch.bool)
     for _, start, stop in segments:
         idle[start:stop] = False
     assert torch.equal(y[idle], base[idle])
 
 
+@pytest.mark.parametrize("popularity", SEGMENTS)
+@pytest.mark.parametrize("group", GROUPS)
+def test_slices_with_an_epilogue_get_it_after_the_update_and_others_do_not(
+    backend: str, group: str, popularity: str
+) -> None:
+    widths, segments = GROUPS[group], SEGMENTS[popularity]
+    # All slices, the last one, none, the first one; with and without ranks, and an adapter that is epilogues alone.
+    adapters = [[RANKS[(slot + i) % 4] for i in range(len(widths))] for slot in range(3)] + [[0] * len(widths)]
+    everywhere = (1 << len(widths)) - 1
+    arena = Arena(48, widths, adapters, epilogues=(everywhere, 1 << len(widths) - 1, 0, 1))
+    x, base = random(11, 48, seed=7), random(11, sum(widths), seed=8)
+    y = base.clone()
+    arena.add_to(y, x, segments)
+    torch.testing.assert_close(y, arena.expected(base, x, segments), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("in_features", "widths"), [(64, (64, 32, 32)), (96, (320,)), (48, (32,))], ids=["qkv", "o", "odd inputs"]
 )
 @pytest.mark.parametrize("ranks", [(1, 8, 64), (16, 40, 33)])
+@pytest.mark.parametrize("epilogues", [(0, 0, 0, 0), (1, 0, 1, 1)], ids=["no epilogues", "epilogues"])
 def test_side_path_in_bfloat16_is_near_float32(
-    backend: str, in_features: int, widths: tuple[int, ...], ranks: tuple[int, ...]
+    backend: str, in_features: int, widths: tuple[int, ...], ranks: tuple[int, ...], epilogues: tuple[int, ...]
 ) -> None:
-    arena = Arena(in_features, widths, [[rank] * len(widths) for rank in ranks] + [[0, *ranks[1:]][: len(widths)]])
+    adapters = [[rank] * len(widths) for rank in ranks] + [[0, *ranks[1:]][: len(widths)]]
+    arena = Arena(in_features, widths, adapters, epilogues)
     x = random(62, in_features, seed=7)
     # One row, a few, whole tiles of rows and one more than these; between them rows without an adapter.
     segments = [Segment(0, 0, 1), Segment(1, 1, 4), Segment(2, 6, 22), Segment(0, 22, 55), Segment(3, 55, 60)]
     y = torch.zeros(62, sum(widths), dtype=torch.bfloat16)
     arena.add_to(y, x.bfloat16(), segments)
-    assert relative_error(y, arena.expected(x, segments)) < 1e-2
+    assert relative_error(y, arena.expected(torch.zeros(62, sum(widths)), x, segments)) < 1e-2
     assert not y[[4, 5, 60, 61]].any()

@@ -55,7 +55,7 @@ class Model:
 
 def steps() -> list[StepInputs]:
     """A prompt of five tokens, then its next token beside another prompt, which has an adapter."""
-    table = torch.tensor([[[0, 2, 0, 1]], [[300, 0, 1, 0]]])
+    table = torch.tensor([[[0, 2, 0, 1, 0b010]], [[500, 0, 1, 0, 0]]])
     arena = torch.randn(2000, generator=torch.Generator().manual_seed(1))
 
     def step(

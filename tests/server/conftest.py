@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from onebase_kernels import AttentionBatch, LoraBatch, StepInputs
+from onebase_kernels import TABLE_COLUMNS, AttentionBatch, LoraBatch, StepInputs
 from onebase_server.model.decoder import Decoder
 from onebase_server.model.kv_cache import allocate_kv_cache
 from onebase_server.settings import EngineSettings
@@ -77,7 +77,7 @@ def logits_of() -> Callable[..., Tensor]:
                 block_tables=block_table.unsqueeze(0),
                 slot_mapping=block_table[positions // block_size].long() * block_size + positions % block_size,
             )
-            no_lora = LoraBatch(torch.empty(0), torch.empty(0, 0, 4, dtype=torch.int64), segments=())
+            no_lora = LoraBatch(torch.empty(0), torch.empty(0, 0, TABLE_COLUMNS, dtype=torch.int64), segments=())
             inputs = StepInputs(torch.tensor(token_ids[start : start + size]), positions, batch, no_lora)
             hidden = decoder.forward(inputs, cache)
             outputs.append(decoder.compute_logits(hidden))

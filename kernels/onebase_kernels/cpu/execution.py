@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from onebase_kernels.batch import AttentionBatch, LoraBatch, StepInputs
+from onebase_kernels.batch import TABLE_COLUMNS, AttentionBatch, LoraBatch, StepInputs
 from onebase_kernels.cpu.calls import Call, Op, Pointer, Step
 from onebase_kernels.cpu.library import load_library
 
@@ -146,7 +146,7 @@ def _any_inputs(rows: int) -> StepInputs:
     tokens = torch.empty(rows, dtype=torch.int64)
     table = torch.empty(1, 1, dtype=torch.int32)
     attention = AttentionBatch(query_starts=(0, rows), context_lens=(rows,), block_tables=table, slot_mapping=tokens)
-    lora = LoraBatch(arena=torch.empty(0), table=torch.empty(0, 0, 4, dtype=torch.int64), segments=())
+    lora = LoraBatch(arena=torch.empty(0), table=torch.empty(0, 0, TABLE_COLUMNS, dtype=torch.int64), segments=())
     return StepInputs(token_ids=tokens, positions=tokens, attention=attention, lora=lora)
 
 

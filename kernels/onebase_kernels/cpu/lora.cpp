@@ -1,5 +1,5 @@
-// The side path of a projection group: y[rows of a segment] += (x Aᵀ) B for each segment's own adapter. Here is what runs
-// on every machine; lora_amx.h has bfloat16 for those with AMX.
+// The side path of a projection group: y[rows of a segment] += (x Aᵀ) B for each segment's own adapter, then its epilogue.
+// Here is what runs on every machine; lora_amx.h has bfloat16 for those with AMX.
 //
 // Two passes over the work of all segments together, shrink (x Aᵀ) and expand (· B), each cut into pieces of about the
 // same number of bytes to read, for reading the adapters once is what this costs.
@@ -39,6 +39,7 @@ struct ExpandPiece {
     int64_t y_column;
     const float* shrunk;  // at the slice's first rank
     int64_t total_rank;
+    const void* gain;  // of the slice's epilogue, at the piece's first column; null if it has none
 };
 
 // Dot products of up to ROWS rows of x with one row of A.
@@ -83,9 +84,10 @@ void shrink(const LoraGroup<T>& group, const ShrinkPiece& piece) {
     }
 }
 
-// y[N rows, 64 columns] += shrunk[N rows, rank] · b[rank, 64 columns], for rows that share an adapter.
+// y[N rows, 64 columns] += shrunk[N rows, rank] · b[rank, 64 columns], for rows that share an adapter; then the epilogue.
 template <int N, class T>
-inline void expand_rows(const ExpandPiece& piece, const T* b, const float* shrunk, T* y, int64_t y_stride) {
+inline void expand_rows(const ExpandPiece& piece, int64_t column, const float* shrunk, T* y, int64_t y_stride) {
+    const T* b = static_cast<const T*>(piece.b) + column;
     F32x16 sums[N][4];
     for (int n = 0; n < N; n++)
         for (int v = 0; v < 4; v++) sums[n][v] = load(y + n * y_stride + v * LANES);
@@ -94,6 +96,10 @@ inline void expand_rows(const ExpandPiece& piece, const T* b, const float* shrun
             const F32x16 row = load(b + rank * piece.width + v * LANES);
             for (int n = 0; n < N; n++) sums[n][v] += row * shrunk[n * piece.total_rank + rank];
         }
+    if (piece.gain)
+        for (int n = 0; n < N; n++)
+            for (int v = 0; v < 4; v++)
+                sums[n][v] = finish(sums[n][v], static_cast<const T*>(piece.gain) + column + v * LANES, piece.width);
     for (int n = 0; n < N; n++)
         for (int v = 0; v < 4; v++) store(y + n * y_stride + v * LANES, sums[n][v]);
 }
@@ -101,7 +107,8 @@ inline void expand_rows(const ExpandPiece& piece, const T* b, const float* shrun
 // The same for one row and all columns of a piece. B is read once, so it is memory that counts: it goes by in long runs,
 // rank by rank, and the sums wait in the first cache.
 template <class T>
-inline void expand_row(const ExpandPiece& piece, const T* b, const float* shrunk, T* y) {
+inline void expand_row(const ExpandPiece& piece, const float* shrunk, T* y) {
+    const T* b = static_cast<const T*>(piece.b);
     alignas(64) float sums[COLUMNS];
     const int64_t columns = piece.columns / LANES * LANES;
     for (int64_t i = 0; i < columns; i += LANES) store(sums + i, load(y + i));
@@ -110,30 +117,34 @@ inline void expand_row(const ExpandPiece& piece, const T* b, const float* shrunk
         const float factor = shrunk[rank];
         for (int64_t i = 0; i < columns; i += LANES) store(sums + i, load(sums + i) + load(row + i) * factor);
     }
+    if (piece.gain)
+        for (int64_t i = 0; i < columns; i += LANES)
+            store(sums + i, finish(load(sums + i), static_cast<const T*>(piece.gain) + i, piece.width));
     for (int64_t i = 0; i < columns; i += LANES) store(y + i, load(sums + i));
 }
 
 template <class T>
-inline void expand_one(const ExpandPiece& piece, const T* b, const float* shrunk, T* y) {
+inline void expand_one(const ExpandPiece& piece, int64_t column, const float* shrunk, T* y) {
+    const T* b = static_cast<const T*>(piece.b) + column;
     float total = load_one(y);
     for (int64_t rank = 0; rank < piece.rank; rank++) total += load_one(b + rank * piece.width) * shrunk[rank];
+    if (piece.gain) total = finish_one(total, static_cast<const T*>(piece.gain) + column, piece.width);
     store_one(y, total);
 }
 
 template <class T>
 void expand(const LoraGroup<T>& group, const ExpandPiece& piece) {
     const int64_t rows = piece.segment->stop - piece.segment->start, stride = group.num_outputs;
-    const T* b = static_cast<const T*>(piece.b);
     T* y = group.y + piece.segment->start * stride + piece.y_column;
     const int64_t whole_rows = rows / ROWS * ROWS, by_64 = piece.columns / 64 * 64, by_16 = piece.columns / LANES * LANES;
     const auto shrunk = [&](int64_t row) { return piece.shrunk + row * piece.total_rank; };
     for (int64_t column = 0; column < by_64; column += 64)
         for (int64_t row = 0; row < whole_rows; row += ROWS)
-            expand_rows<ROWS>(piece, b + column, shrunk(row), y + row * stride + column, stride);
-    for (int64_t row = whole_rows; row < rows; row++) expand_row(piece, b, shrunk(row), y + row * stride);
+            expand_rows<ROWS>(piece, column, shrunk(row), y + row * stride + column, stride);
+    for (int64_t row = whole_rows; row < rows; row++) expand_row(piece, shrunk(row), y + row * stride);
     for (int64_t row = 0; row < rows; row++)
         for (int64_t column = row < whole_rows ? by_64 : by_16; column < piece.columns; column++)
-            expand_one(piece, b + column, shrunk(row), y + row * stride + column);
+            expand_one(piece, column, shrunk(row), y + row * stride + column);
 }
 
 template <class T>
@@ -149,13 +160,16 @@ void add_by_vectors(const LoraGroup<T>& group, const std::vector<Segment>& segme
         const int64_t total_rank = group.total_rank(segment);
         for (int64_t rank = 0; rank < total_rank; rank += RANKS)
             shrinks.push_back({&segment, rank, std::min(rank + RANKS, total_rank), shrunk, total_rank});
-        const T* b = group.a(segment) + total_rank * group.num_inputs;
+        const T *b = group.b(segment), *epilogue = group.epilogues(segment);
         int64_t first_rank = 0, first_column = 0;
         for (int64_t slice = 0; slice < group.num_slices; slice++) {
             const int64_t rank = group.ranks(segment)[slice], width = group.widths[slice];
-            for (int64_t column = 0; rank && column < width; column += columns)
+            const bool has_epilogue = group.has_epilogue(segment, slice);
+            for (int64_t column = 0; (rank || has_epilogue) && column < width; column += columns)
                 expands.push_back({&segment, b + column, rank, width, std::min(columns, width - column),
-                                   first_column + column, shrunk + first_rank, total_rank});
+                                   first_column + column, shrunk + first_rank, total_rank,
+                                   has_epilogue ? epilogue + column : nullptr});
+            if (has_epilogue) epilogue += 2 * width;
             b += rank * width;
             first_rank += rank;
             first_column += width;

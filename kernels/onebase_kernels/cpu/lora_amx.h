@@ -23,16 +23,19 @@ public:
             const int64_t row_tiles = (segment.stop - segment.start + LORA_ROWS - 1) / LORA_ROWS;
             for (int64_t tile = 0; tile < row_tiles; tile++) packs_.push_back({segment, tile, x_tiles + tile * depth()});
             const BFloat16* a = group.a(segment);
-            const BFloat16* b = a + group.total_rank(segment) * group.num_inputs;
+            const BFloat16 *b = group.b(segment), *epilogue = group.epilogues(segment);
             int64_t column = 0;
             for (int64_t slice = 0; slice < group.num_slices; slice++) {
                 const int64_t rank = group.ranks(segment)[slice], width = group.widths[slice];
+                const bool has_epilogue = group.has_epilogue(segment, slice);
                 for (int64_t first = 0; first < rank; first += LORA_DEPTH)
                     shrinks_.push_back({row_tiles, x_tiles, shrunk_tiles + first / LORA_DEPTH * row_tiles,
                                         a + first * group.num_inputs, std::min(LORA_DEPTH, rank - first)});
-                for (int64_t first = 0; rank && first < width; first += LORA_COLUMNS)
+                for (int64_t first = 0; (rank || has_epilogue) && first < width; first += LORA_COLUMNS)
                     expands_.push_back({segment, row_tiles, shrunk_tiles, b + first, rank, width,
-                                        std::min(LORA_COLUMNS, width - first), column + first});
+                                        std::min(LORA_COLUMNS, width - first), column + first,
+                                        has_epilogue ? epilogue + first : nullptr});
+                if (has_epilogue) epilogue += 2 * width;
                 a += rank * group.num_inputs;
                 b += rank * width;
                 column += width;
@@ -72,6 +75,7 @@ private:
         int64_t row_tiles, shrunk;
         const BFloat16* b;  // [rank, width], at the piece's first column
         int64_t rank, width, columns, y_column;
+        const BFloat16* gain;  // of the slice's epilogue, at the piece's first column; null if it has none
     };
 
     int64_t depth() const { return group_.num_inputs / LORA_DEPTH; }
@@ -152,8 +156,11 @@ private:
                 const int64_t first = tile * LORA_ROWS;
                 for (int64_t row = 0; row < std::min(LORA_ROWS, rows - first); row++) {
                     BFloat16* y = group_.y + (piece.segment.start + first + row) * stride + piece.y_column + column;
-                    store(y, load(y) + load(sums[0][row]));
-                    store(y + LANES, load(y + LANES) + load(sums[1][row]));
+                    for (int64_t half = 0; half < 2; half++) {
+                        F32x16 total = load(y + half * LANES) + load(sums[half][row]);
+                        if (piece.gain) total = finish(total, piece.gain + column + half * LANES, piece.width);
+                        store(y + half * LANES, total);
+                    }
                 }
             }
         }

@@ -26,7 +26,7 @@ struct Step {
     int64_t num_segments;
     const Segment* segments;
     const void* arena;             // the numbers of all adapters
-    const int64_t* adapter_table;  // [places, slots, 4]
+    const int64_t* adapter_table;  // [places, slots, 5]
     int64_t slots;
 };
 

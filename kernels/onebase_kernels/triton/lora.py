@@ -1,4 +1,4 @@
-"""The side path of a projection group: y[rows of a segment] += (x Aᵀ) B for each segment's own adapter.
+"""The side path of a projection group: y[rows of a segment] += (x Aᵀ) B by each segment's adapter, then its epilogue.
 
 Two launches serve all segments and slices, whatever their ranks: shrink (x Aᵀ), then expand (· B). Both go by tiles,
 that is a few tokens of one adapter, so that its numbers are read once for all of them. Reading is what this waits for,
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from onebase_kernels import batch
 from onebase_kernels.batch import LoraBatch
 
 
@@ -43,7 +44,7 @@ _INPUT_BYTES = 512  # of a row, which a program of the shrink reads at a time
 
 _FP32 = tl.constexpr("tf32x3")  # how tensor cores multiply fp32: in three products, which loses next to nothing
 _TILE_COLUMNS = tl.constexpr(3)  # slot, first token, token after the last
-_TABLE_COLUMNS = tl.constexpr(4)  # offset, ranks of up to three slices
+_TABLE_COLUMNS = tl.constexpr(batch.TABLE_COLUMNS)  # offset, ranks of up to three slices, bits of their epilogues
 
 
 @triton.jit(do_not_specialize=["num_tokens", "plane_stride"])
@@ -113,7 +114,10 @@ def expand_kernel(
     RANKS: tl.constexpr,
     OUTPUTS: tl.constexpr,
 ):
-    """`y[token, slice] += (Σ planes[·, token, slice's ranks]) · B`; grid (tile, block of the outputs of a slice)."""
+    """`y[token, slice] += (Σ planes[·, token, slice's ranks]) · B`, then the slice's epilogue.
+
+    Grid: (tile, block of the outputs of a slice).
+    """
     BLOCKS_0: tl.constexpr = (WIDTH_0 + OUTPUTS - 1) // OUTPUTS
     BLOCKS_1: tl.constexpr = (WIDTH_1 + OUTPUTS - 1) // OUTPUTS
     tile_ptr, block = tiles_ptr + tl.program_id(0) * _TILE_COLUMNS, tl.program_id(1)
@@ -125,13 +129,19 @@ def expand_kernel(
     # The slice that the block is of, and what lies before it: ranks in the planes, numbers in B, columns in y.
     index = (block >= BLOCKS_0).to(tl.int32) + (block >= BLOCKS_0 + BLOCKS_1).to(tl.int32)
     rank = _of_slice(index, rank_0, rank_1, rank_2).to(tl.int32)
-    if rank == 0:
+    epilogues = tl.load(row_ptr + 4)
+    has_epilogue = (epilogues >> index) & 1
+    if (rank == 0) & (has_epilogue == 0):
         return
     width = _of_slice(index, WIDTH_0, WIDTH_1, WIDTH_2)
     first_rank = _of_slice(index, 0, rank_0, rank_0 + rank_1)
     first_number = _of_slice(index, 0, rank_0 * WIDTH_0, rank_0 * WIDTH_0 + rank_1 * WIDTH_1)
     first_column = _of_slice(index, 0, WIDTH_0, WIDTH_0 + WIDTH_1)
     b_ptr = arena_ptr + tl.multiple_of(tl.load(row_ptr), ALIGNMENT) + (rank_0 + rank_1 + rank_2) * IN_FEATURES
+    first_epilogue = rank_0 * WIDTH_0 + rank_1 * WIDTH_1 + rank_2 * WIDTH_2
+    in_first, in_second = (epilogues & 1) * WIDTH_0, ((epilogues >> 1) & 1) * WIDTH_1
+    first_epilogue += 2 * _of_slice(index, 0, in_first, in_first + in_second)
+    gain_ptr = b_ptr + first_epilogue
     b_ptr += first_number
 
     tokens = tl.load(tile_ptr + 1) + tl.arange(0, TOKENS)
@@ -150,6 +160,9 @@ def expand_kernel(
             shrunk += tl.load(plane + ranks[None, :], mask=has_token & has_rank[None, :], other=0.0)
         b = tl.load(b_ptr + ranks[:, None] * width + columns, mask=has_rank[:, None] & has_column, other=0.0)
         sums = tl.dot(shrunk.to(b.dtype), b, sums, input_precision=_FP32)
+    if has_epilogue:
+        gain = tl.load(gain_ptr + columns, mask=has_column, other=0.0).to(tl.float32)
+        sums += sums * gain + tl.load(gain_ptr + width + columns, mask=has_column, other=0.0).to(tl.float32)
     tl.store(y_rows + columns, sums, mask=has_token & has_column)
 
 
@@ -193,5 +206,5 @@ def plan(lora: LoraBatch) -> Tiles:
         for slot, start, stop in lora.segments
         for first in range(start, stop, tiling.tokens)
     ]
-    max_rank = int(lora.table[..., 1:].sum(dim=-1).max()) if lora.max_rank is None else lora.max_rank
+    max_rank = int(lora.table[..., 1:4].sum(dim=-1).max()) if lora.max_rank is None else lora.max_rank
     return Tiles(torch.tensor(rows, dtype=torch.int32, device=lora.table.device), tiling, max_rank)

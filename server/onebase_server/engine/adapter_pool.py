@@ -17,7 +17,7 @@ import torch
 import onebase_kernels as kernels
 from onebase_adapters.blobs import read_blob
 from onebase_server.engine.extents import Extents
-from onebase_server.engine.packing import TABLE_COLUMNS, PackedAdapter, pack_adapter
+from onebase_server.engine.packing import PackedAdapter, pack_adapter
 from onebase_server.engine.request import AdapterRef
 from onebase_server.engine.scheduler import AdapterLoading, AdapterMemoryFull, AdapterUnusable
 from onebase_server.model.config import ModelConfig
@@ -58,7 +58,12 @@ class AdapterPool:
         self.dtype = dtype
         self.arena = kernels.allocate((budget_bytes // dtype.itemsize,), dtype, device)
         self.table = torch.zeros(
-            config.num_layers, len(config.projection_groups), 16, TABLE_COLUMNS, dtype=torch.int64, device=device
+            config.num_layers,
+            len(config.projection_groups),
+            16,
+            kernels.TABLE_COLUMNS,
+            dtype=torch.int64,
+            device=device,
         )
         self.max_rank = 1
         """The most ranks that an adapter has had at one place so far, all slices of the group together."""

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from onebase_adapters.adapter import Adapter, Array, LowRankPair, ModuleKey
+from onebase_kernels import TABLE_COLUMNS
 from onebase_server.model.config import ModelConfig
 
-TABLE_COLUMNS = 4
-"""Of a row of the table: the offset of a group's numbers, and the ranks of up to three slices."""
+RANKS = slice(1, 4)
+"""The columns of the table that hold ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +24,12 @@ class PackedAdapter:
     numbers: Tensor
     """1-D, compute dtype."""
     table: Tensor
-    """int64 [layers, groups, 4]; offsets count from the start of `numbers`."""
+    """int64 [layers, groups, 5]; offsets count from the start of `numbers`."""
 
     @property
     def max_rank(self) -> int:
         """The most ranks at one place, all slices of the group together."""
-        return int(self.table[..., 1:].sum(dim=-1).max())
+        return int(self.table[..., RANKS].sum(dim=-1).max())
 
 
 def pack_adapter(adapter: Adapter, config: ModelConfig, dtype: torch.dtype) -> PackedAdapter:

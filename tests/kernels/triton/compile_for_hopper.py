@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from onebase_kernels import AttentionBatch, LoraBatch, Segment
+from onebase_kernels import TABLE_COLUMNS, AttentionBatch, LoraBatch, Segment
 from onebase_kernels.triton import attention, elementwise, lora, nf4_linear
 from onebase_kernels.triton.nf4_packing import FragmentNf4
 from onebase_kernels.triton.plans import default_plan
@@ -56,7 +56,7 @@ def fused_product(rows: int) -> None:
 
 def side_path(segments: tuple[Segment, ...]) -> None:
     rows, widths = segments[-1].stop, (4096, 1024, 1024)
-    table = torch.zeros(PLACES, 4, 4, dtype=torch.int64)
+    table = torch.zeros(PLACES, 4, TABLE_COLUMNS, dtype=torch.int64)
     batch = LoraBatch(zeros(64), table, segments, max_rank=48, alignment=16)
     lora.add_lora_(zeros(rows, sum(widths)), zeros(rows, 4096), batch, 1, widths)
 

@@ -20,7 +20,7 @@ def adapters(ranks: Sequence[tuple[int, int, int]], segments: Sequence[Segment],
     chunks, rows, offset = [], [], 0
     for slot_ranks in ranks:
         size = sum(rank * (IN_FEATURES + width) for rank, width in zip(slot_ranks, WIDTHS, strict=True))
-        rows.append((offset, *slot_ranks))
+        rows.append((offset, *slot_ranks, 0))
         chunks += [torch.randn(size), torch.full((alignment,), torch.nan)]
         offset += size + alignment
     return LoraBatch(torch.cat(chunks), torch.tensor([rows]), tuple(segments), alignment=alignment)

@@ -267,5 +267,5 @@ def step_of(rows: int) -> kernels.StepInputs:
     """One request of so many tokens, in the first block of its cache."""
     tokens = torch.arange(rows)
     attention = kernels.AttentionBatch((0, rows), (rows,), torch.zeros(1, 1, dtype=torch.int32), tokens)
-    lora = kernels.LoraBatch(torch.zeros(1), torch.zeros(1, 1, 4, dtype=torch.int64), ())
+    lora = kernels.LoraBatch(torch.zeros(1), torch.zeros(1, 1, kernels.TABLE_COLUMNS, dtype=torch.int64), ())
     return kernels.StepInputs(tokens, tokens, attention, lora)

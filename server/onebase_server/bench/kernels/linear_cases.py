@@ -188,11 +188,11 @@ def _pack_copies(weights: Sequence[Nf4Weight], count: int, backend: BackendName)
 
 
 def _adapter_table(ranks: Sequence[int], slices: int, numbers_per_rank: int, places: int) -> Tensor:
-    """int64 [places, adapters, 4]: all of a place's adapters one after another, every slice with the adapter's rank."""
+    """int64 [places, adapters, 5]: all of a place's adapters one after another, every slice with the adapter's rank."""
     rank = torch.tensor(ranks).expand(places, -1)
     sizes = rank.flatten() * numbers_per_rank
     offsets = (sizes.cumsum(0) - sizes).view(places, -1)
-    table = torch.zeros(places, len(ranks), 4, dtype=torch.int64)
+    table = torch.zeros(places, len(ranks), kernels.TABLE_COLUMNS, dtype=torch.int64)
     table[..., 0] = offsets
     table[..., 1 : 1 + slices] = rank.unsqueeze(-1)
     return table

@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from onebase_kernels import AttentionBatch, BackendName, LoraBatch, StepInputs
+from onebase_kernels import TABLE_COLUMNS, AttentionBatch, BackendName, LoraBatch, StepInputs
 from onebase_server.bench.kernels.options import KernelOptions
 from onebase_server.model.config import ModelConfig
 
@@ -52,7 +52,7 @@ class Workbench:
         """A step of so many tokens, of which only what an op looks at is given."""
         nothing = torch.zeros(rows, dtype=torch.int64, device=self.device)
         no_blocks = torch.zeros(rows, 1, dtype=torch.int32, device=self.device)
-        no_adapters = torch.zeros(1, 1, 4, dtype=torch.int64, device=self.device)
+        no_adapters = torch.zeros(1, 1, TABLE_COLUMNS, dtype=torch.int64, device=self.device)
         return StepInputs(
             token_ids=nothing if token_ids is None else token_ids,
             positions=nothing if positions is None else positions,
