@@ -113,6 +113,7 @@ class BaseLayout:
 #   │   ├── RankTooLarge 422
 #   │   ├── InvalidName 422
 #   │   └── DigestMismatch 422
+#   ├── InvalidMerge 422           adapters that cannot be merged as asked; on the command line only
 #   ├── AdapterNotFound 404        no such name
 #   ├── VersionNotFound 404        the name exists, that version does not
 #   └── StoreError 500             the store itself is damaged or belongs to another base
@@ -180,6 +181,13 @@ class DigestMismatch(InvalidUpload):
     """The bytes that arrived are not those whose sha256 the sender announced."""
 
     code = "digest_mismatch"
+
+
+class InvalidMerge(AdapterError):
+    """Adapters cannot be merged in the way that was asked for."""
+
+    status = 422
+    code = "invalid_merge"
 
 
 class AdapterNotFound(AdapterError):

@@ -1,47 +1,39 @@
 """`onebase adapters`: look at and change an adapter store, also while a server has it open."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.filesize import decimal
-from rich.markup import escape
-from rich.table import Table
 
-from onebase_adapters.adapter import AdapterError, BaseLayout
 from onebase_adapters.archive import unpack
-from onebase_adapters.catalogue import AdapterVersion
-from onebase_adapters.store import AdapterStore, VerifyReport
-from onebase_server.errors import ConfigurationError
-from onebase_server.model.config import ModelConfig
+from onebase_adapters.store import VerifyReport
+from onebase_server.commands.adapters_merge import merge
+from onebase_server.commands.store_access import (
+    DEFAULT_STORE,
+    NameArgument,
+    StoreOption,
+    console,
+    open_store,
+    version_table,
+)
 
-app = typer.Typer(help="Publish, list, roll back and verify adapters.", no_args_is_help=True)
-
-StoreOption = Annotated[
-    Path, typer.Option("--store", envvar="ONEBASE_STORE", help="Directory of the adapter store.", show_default=True)
-]
-NameArgument = Annotated[str, typer.Argument(help="The adapter's name.")]
-
-DEFAULT_STORE = Path("adapters")
-
-console = Console()
+app = typer.Typer(help="Publish, merge, list, roll back and verify adapters.", no_args_is_help=True)
+app.command()(merge)
 
 
 @app.command("list")
 def list_adapters(store: StoreOption = DEFAULT_STORE) -> None:
     """List the adapters with their live versions."""
-    with _open(store) as opened:
-        console.print(_table(opened.list_adapters(), title=f"Adapters of {opened.base_name}"))
+    with open_store(store) as opened:
+        console.print(version_table(opened.list_adapters(), title=f"Adapters of {opened.base_name}"))
 
 
 @app.command()
 def show(name: NameArgument, store: StoreOption = DEFAULT_STORE) -> None:
     """Show all versions of one adapter."""
-    with _open(store) as opened:
-        console.print(_table(opened.versions(name), title=f"Versions of {name}"))
+    with open_store(store) as opened:
+        console.print(version_table(opened.versions(name), title=f"Versions of {name}"))
 
 
 @app.command()
@@ -56,14 +48,14 @@ def publish(
     base_name: Annotated[str | None, typer.Option(help="The base's name; by default its directory's.")] = None,
 ) -> None:
     """Publish the next version of an adapter; it is live at once for new requests."""
-    with _open(store, base, base_name) as opened:
+    with open_store(store, base, base_name) as opened:
         if source.is_dir():
             published = opened.publish(name, source)
         else:
             with opened.staging() as directory:
                 unpack(source, directory, max_bytes=opened.max_upload_bytes)
                 published = opened.publish(name, directory)
-        console.print(_table([published], title="Published"))
+        console.print(version_table([published], title="Published"))
 
 
 @app.command()
@@ -75,15 +67,15 @@ def rollback(
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Make an older version live again."""
-    with _open(store) as opened:
-        console.print(_table([opened.rollback(name, version)], title="Live now"))
+    with open_store(store) as opened:
+        console.print(version_table([opened.rollback(name, version)], title="Live now"))
 
 
 @app.command()
 def remove(name: NameArgument, store: StoreOption = DEFAULT_STORE) -> None:
     """Remove an adapter with all its versions."""
-    with _open(store) as opened:
-        console.print(_table(opened.remove(name), title="Removed"))
+    with open_store(store) as opened:
+        console.print(version_table(opened.remove(name), title="Removed"))
 
 
 @app.command()
@@ -92,48 +84,12 @@ def verify(
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Hold every blob against the catalogue; exits with 1 if something is wrong and was not repaired."""
-    with _open(store) as opened:
+    with open_store(store) as opened:
         report = opened.verify(repair)
     for line in _describe(report):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if not report.is_clean and not repair:
         raise typer.Exit(1)
-
-
-@contextmanager
-def _open(root: Path, base: Path | None = None, base_name: str | None = None) -> Iterator[AdapterStore]:
-    """The store; what is wrong with it, with an adapter or with the base becomes one line and exit status 1."""
-    try:
-        layout: BaseLayout | None = None
-        if base is not None:
-            layout = ModelConfig.from_directory(base).adapter_layout()
-            base_name = base_name or base.resolve().name
-        store = AdapterStore.open(root, layout, base_name=base_name)
-        try:
-            yield store
-        finally:
-            store.close()
-    except (AdapterError, ConfigurationError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from error
-
-
-def _table(versions: Sequence[AdapterVersion], *, title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for heading in ("name", "version", "live", "rank", "targets", "size", "digest", "published"):
-        table.add_column(heading, overflow="fold")
-    for version in versions:
-        table.add_row(
-            version.name,
-            str(version.version),
-            "yes" if version.is_live else "",
-            str(version.rank),
-            " ".join(version.targets),
-            decimal(version.nbytes),
-            version.digest[:12],
-            version.created_at.strftime("%Y-%m-%d %H:%M:%S UTC"),
-        )
-    return table
 
 
 def _describe(report: VerifyReport) -> Iterator[str]:

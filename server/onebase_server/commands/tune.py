@@ -1,22 +1,19 @@
 """`onebase tune`: train an adapter on a file of examples, and publish it if asked to."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-import httpx
 import typer
 from rich.console import Console
 
-from onebase_adapters.peft_config import CONFIG_FILE
-from onebase_adapters.peft_format import WEIGHTS_FILE
 from onebase_server.commands import adapters
+from onebase_server.commands.store_access import DEFAULT_STORE, StoreOption
+from onebase_server.commands.upload import ServerOption, publish_to_server
 from onebase_server.errors import ConfigurationError
 from onebase_server.tuning.recipe import Recipe
 
 DEFAULTS = Recipe()
 ALL_LINEAR = "all-linear"
-UPLOAD_TIMEOUT_SECONDS = 300.0
 
 console = Console()
 
@@ -49,10 +46,8 @@ def tune(
         Literal["bfloat16", "float32", "float16"], typer.Option(help="What the base computes in.")
     ] = DEFAULTS.dtype,
     publish: Annotated[str | None, typer.Option(metavar="NAME", help="Publish the adapter under this name.")] = None,
-    store: adapters.StoreOption = adapters.DEFAULT_STORE,
-    server: Annotated[
-        str | None, typer.Option(metavar="URL", help="Publish to this running server instead of --store.")
-    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    server: ServerOption = None,
 ) -> None:
     """Train a LoRA adapter on the NF4 base and write it as a PEFT directory."""
     recipe = Recipe(
@@ -74,7 +69,7 @@ def tune(
     )
     _train(base, data, output, recipe)
     if publish and server:
-        publish_to_server(publish, output, server)
+        publish_to_server(publish, output, server, console)
     elif publish:
         adapters.publish(publish, output, store, base)
 
@@ -87,25 +82,3 @@ def _train(base: Path, data: Path, output: Path, recipe: Recipe) -> None:
             f"Training needs packages that are not installed ({error.name}): pip install 'onebase[tune]'."
         ) from error
     train_adapter(base, data, output, recipe, console)
-
-
-def publish_to_server(name: str, directory: Path, url: str) -> None:
-    """Upload a PEFT directory to a running server; ONEBASE_ADMIN_KEY is its key, if it has one.
-
-    Raises:
-        ConfigurationError: The server cannot be reached, or refuses the adapter; the text says why.
-    """
-    key = os.environ.get("ONEBASE_ADMIN_KEY")
-    try:
-        response = httpx.post(
-            f"{url.rstrip('/')}/v1/adapters",
-            data={"name": name},
-            files={file: (file, (directory / file).read_bytes()) for file in (CONFIG_FILE, WEIGHTS_FILE)},
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=UPLOAD_TIMEOUT_SECONDS,
-        )
-    except httpx.HTTPError as error:
-        raise ConfigurationError(f"{directory} is written, but {url} cannot be reached: {error}.") from error
-    if response.is_error:
-        raise ConfigurationError(f"{directory} is written, but {url} refused it: {response.text}")
-    console.print(f"Published {name} to {url}.", highlight=False)

@@ -1,0 +1,74 @@
+"""`onebase adapters merge`: several adapters of a store to one, published as any other."""
+
+from typing import Annotated
+
+import typer
+
+from onebase_adapters.adapter_merging import (
+    MergeMethod,
+    MergeRecipe,
+    SignElection,
+    WeightedAdapter,
+    merge_adapters,
+)
+from onebase_adapters.peft_writer import write_peft
+from onebase_adapters.store import AdapterStore
+from onebase_server.commands.store_access import (
+    DEFAULT_STORE,
+    StoreOption,
+    console,
+    open_store,
+    read_adapter,
+    version_table,
+)
+from onebase_server.commands.upload import ServerOption, publish_to_server
+from onebase_server.errors import ConfigurationError
+from onebase_server.progress import step_progress
+
+DEFAULTS = MergeRecipe()
+
+
+def merge(
+    name: Annotated[str, typer.Argument(help="Name to publish the merged adapter under.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE[=WEIGHT]…", help="Adapters (`name` or `name@version`); weights are 1 if left out."
+        ),
+    ],
+    method: Annotated[
+        MergeMethod, typer.Option(help="How updates are combined; cat is the exact sum, at the sum of the ranks.")
+    ] = DEFAULTS.method,
+    density: Annotated[
+        float | None, typer.Option(help="Share of the numbers to keep (ties, dare_linear, dare_ties).")
+    ] = DEFAULTS.density,
+    majority_sign: Annotated[
+        SignElection, typer.Option(help="What elects a sign: the sum, or the number of adapters (ties, dare_ties).")
+    ] = DEFAULTS.sign_election,
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of the result of svd; by default the largest of the sources'.")
+    ] = DEFAULTS.rank,
+    seed: Annotated[int, typer.Option(min=0, help="Of what dare_linear and dare_ties drop.")] = DEFAULTS.seed,
+    store: StoreOption = DEFAULT_STORE,
+    server: ServerOption = None,
+) -> None:
+    """Merge adapters of the store into a new one by PEFT's methods, and publish it as its name's next version."""
+    with open_store(store) as opened:
+        recipe = MergeRecipe(method=method, density=density, sign_election=majority_sign, rank=rank, seed=seed)
+        weighted = [_read_source(opened, source) for source in sources]
+        with step_progress(f"Merging by {method}") as on_progress:
+            merged = merge_adapters(weighted, recipe, on_progress)
+        with opened.staging() as directory:
+            write_peft(merged, directory, base_name=opened.base_name)
+            if server:
+                publish_to_server(name, directory, server, console)
+            else:
+                console.print(version_table([opened.publish(name, directory)], title="Published"))
+
+
+def _read_source(store: AdapterStore, source: str) -> WeightedAdapter:
+    reference, _, weight = source.partition("=")
+    try:
+        return WeightedAdapter(read_adapter(store, reference), float(weight or 1))
+    except ValueError as error:
+        raise ConfigurationError(f"{source} should be an adapter and its weight, like pirate=0.7.") from error

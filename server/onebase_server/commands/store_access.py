@@ -1,0 +1,79 @@
+"""What the commands on an adapter store have in common: how it is named, opened and shown."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.table import Table
+
+from onebase_adapters.adapter import Adapter, AdapterError, BaseLayout, VersionNotFound
+from onebase_adapters.blobs import read_blob
+from onebase_adapters.catalogue import AdapterVersion
+from onebase_adapters.store import AdapterStore
+from onebase_server.errors import ConfigurationError
+from onebase_server.model.config import ModelConfig
+
+DEFAULT_STORE = Path("adapters")
+
+StoreOption = Annotated[
+    Path, typer.Option("--store", envvar="ONEBASE_STORE", help="Directory of the adapter store.", show_default=True)
+]
+NameArgument = Annotated[str, typer.Argument(help="The adapter's name.")]
+
+console = Console()
+
+
+@contextmanager
+def open_store(root: Path, base: Path | None = None, base_name: str | None = None) -> Iterator[AdapterStore]:
+    """The store; what is wrong with it, with an adapter or with the base becomes one line and exit status 1."""
+    try:
+        layout: BaseLayout | None = None
+        if base is not None:
+            layout = ModelConfig.from_directory(base).adapter_layout()
+            base_name = base_name or base.resolve().name
+        store = AdapterStore.open(root, layout, base_name=base_name)
+        try:
+            yield store
+        finally:
+            store.close()
+    except (AdapterError, ConfigurationError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+def version_table(versions: Sequence[AdapterVersion], *, title: str) -> Table:
+    """A row for each version."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("name", "version", "live", "rank", "targets", "size", "digest", "published"):
+        table.add_column(heading, overflow="fold")
+    for version in versions:
+        table.add_row(
+            version.name,
+            str(version.version),
+            "yes" if version.is_live else "",
+            str(version.rank),
+            " ".join(version.targets),
+            decimal(version.nbytes),
+            version.digest[:12],
+            version.created_at.strftime("%Y-%m-%d %H:%M:%S UTC"),
+        )
+    return table
+
+
+def read_adapter(store: AdapterStore, reference: str) -> Adapter:
+    """The adapter that `name` or `name@version` refers to; its arrays stay readable though it may be removed.
+
+    Raises:
+        AdapterNotFound, VersionNotFound: there is none.
+    """
+    name, at, version = reference.partition("@")
+    if at and not version.isdecimal():
+        raise VersionNotFound(f"{reference} asks for the version {version!r}, which is not a number.")
+    found = store.resolve(name, int(version) if at else None)
+    with store.lease(found.digest) as blob:
+        return read_blob(blob)
