@@ -8,6 +8,7 @@ import typer
 
 from onebase_adapters.archive import unpack
 from onebase_adapters.store import VerifyReport
+from onebase_server.commands.adapters_export import export
 from onebase_server.commands.adapters_merge import merge
 from onebase_server.commands.store_access import (
     DEFAULT_STORE,
@@ -18,8 +19,9 @@ from onebase_server.commands.store_access import (
     version_table,
 )
 
-app = typer.Typer(help="Publish, merge, list, roll back and verify adapters.", no_args_is_help=True)
+app = typer.Typer(help="Publish, merge, export, list, roll back and verify adapters.", no_args_is_help=True)
 app.command()(merge)
+app.command()(export)
 
 
 @app.command("list")

@@ -79,6 +79,22 @@ def from_tensors(weight_name: str, tensors: Mapping[str, Tensor]) -> Nf4Weight:
     return weight
 
 
+def described_as_nf4(config: Mapping[str, Any], double_quant: bool) -> dict[str, Any]:
+    """A `config.json` with the quantisation described as Transformers describes it."""
+    return {
+        **config,
+        "quantization_config": {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": double_quant,
+            "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_compute_dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
+        },
+    }
+
+
 def _nested(weight_name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> NestedScales:
     return NestedScales(
         absmax=tensors[f"{weight_name}.nested_absmax"],

@@ -6,27 +6,24 @@ It is made once, layer by layer, so that the peak of memory is one layer, and ap
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors.torch import save_file
 from torch import Tensor
 
 from onebase_kernels import quantize_nf4
 from onebase_server.errors import ConfigurationError
 from onebase_server.model import bnb_format
-from onebase_server.model.checkpoint import INDEX_FILE, Checkpoint
+from onebase_server.model.checkpoint import Checkpoint
+from onebase_server.model.checkpoint_writer import Progress, write_checkpoint
 from onebase_server.model.config import ModelConfig
 from onebase_server.model.names import layer_shapes, linear_names, outer_shapes
 
 FORMAT_VERSION = 1
 """Part of the fingerprint; another number makes every cached form anew."""
-
-Progress = Callable[[int, int], None]
-"""Called with how many parts are done and how many there are."""
 
 
 def nf4_checkpoint(
@@ -71,16 +68,10 @@ def _build(
     shutil.rmtree(partial, ignore_errors=True)  # an earlier process was killed here; the lock says none is at work
     partial.mkdir()
     try:
-        weight_map: dict[str, str] = {}
-        total = config.num_layers + 1
-        for number, tensors in enumerate(_shards(source, config, double_quant, device), start=1):
-            file = f"model-{number:05}-of-{total:05}.safetensors"
-            save_file(tensors, partial / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(tensors, file)
-            if on_progress:
-                on_progress(number, total)
-        _write_json(partial / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})
-        _write_json(partial / "config.json", _config_json(source.directory, double_quant))
+        shards = _shards(source, config, double_quant, device)
+        write_checkpoint(
+            partial, shards, config.num_layers + 1, _config_json(source.directory, double_quant), on_progress
+        )
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -98,22 +89,12 @@ def _shards(
             weight = tensors.pop(f"{name}.weight")
             quantised = quantize_nf4(weight.to(device), double_quant)
             tensors |= bnb_format.to_tensors(f"{name}.weight", quantised, weight.dtype)
-        yield {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        yield tensors
 
 
 def _config_json(source: Path, double_quant: bool) -> dict[str, Any]:
-    """The source's `config.json`, with the quantisation described as Transformers describes it."""
     config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": double_quant,
-        "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_compute_dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
-    }
-    return config
+    return bnb_format.described_as_nf4(config, double_quant)
 
 
 def _fingerprint(source: Checkpoint, double_quant: bool) -> str:
@@ -125,7 +106,3 @@ def _fingerprint(source: Checkpoint, double_quant: bool) -> str:
     config = (source.directory / "config.json").read_text(encoding="utf-8")
     facts = json.dumps([FORMAT_VERSION, double_quant, files, config])
     return hashlib.sha256(facts.encode()).hexdigest()[:32]
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -15,11 +15,12 @@ from onebase_kernels import PackedNf4, quantize_nf4
 from onebase_server.errors import ConfigurationError
 from onebase_server.model import bnb_format, names
 from onebase_server.model.checkpoint import Checkpoint
+from onebase_server.model.checkpoint_writer import Progress
 from onebase_server.model.config import ModelConfig
 from onebase_server.model.decoder import Decoder
 from onebase_server.model.decoder_weights import DecoderWeights, LayerWeights
 from onebase_server.model.linear import Linear, LinearGroup
-from onebase_server.model.nf4_cache import Progress, nf4_checkpoint
+from onebase_server.model.nf4_cache import nf4_checkpoint
 from onebase_server.settings import EngineSettings
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -40,7 +41,7 @@ def load_decoder(directory: Path, settings: EngineSettings, on_progress: Progres
     context = _served_context(config, settings.max_model_len)
     device = resolve_device(settings.device)
     checkpoint = Checkpoint(directory)
-    _check_tensors(checkpoint, config)
+    check_tensors(checkpoint, config)
     if settings.quantization == "nf4" and not config.is_quantized:
         checkpoint = nf4_checkpoint(checkpoint, config, settings.cache_dir, settings.double_quant, device, on_progress)
     weights = _Loader(checkpoint, config, settings, device).load()
@@ -67,7 +68,7 @@ def _served_context(config: ModelConfig, max_model_len: int | None) -> int:
     return max_model_len
 
 
-def _check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
+def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """Raise where tensors are missing or of wrong shapes, or where there are some that would silently be ignored."""
     directory, found, expected = checkpoint.directory, checkpoint.shapes, names.all_shapes(config)
     if missing := expected.keys() - found.keys():

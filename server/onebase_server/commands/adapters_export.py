@@ -1,0 +1,95 @@
+"""`onebase adapters export`: an adapter out of the store, as PEFT's directory or merged into its base."""
+
+from collections.abc import Sequence
+from math import hypot
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.table import Table
+
+from onebase_adapters.adapter import Adapter
+from onebase_adapters.peft_writer import write_peft
+from onebase_server.commands.store_access import DEFAULT_STORE, StoreOption, console, open_store, read_adapter
+from onebase_server.errors import ConfigurationError
+from onebase_server.model.config import ModelConfig
+from onebase_server.progress import step_progress
+
+if TYPE_CHECKING:
+    from onebase_server.model.merged_checkpoint import LinearError
+
+WORST = 10
+"""How many linears the table of errors shows."""
+
+
+def export(
+    name: Annotated[str, typer.Argument(help="The adapter, `name` or `name@version`.")],
+    output: Annotated[Path, typer.Argument(help="The directory to write; it must not exist yet.")],
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Write the base with the adapter merged in, as a Hugging Face model.")
+    ] = False,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="The base model's directory; needed with --merged.", exists=True, file_okay=False),
+    ] = None,
+    quantization: Annotated[
+        Literal["none", "nf4"], typer.Option(help="How the merged linears are written; nf4 is bitsandbytes' format.")
+    ] = "none",
+    dtype: Annotated[
+        Literal["bfloat16", "float32", "float16"], typer.Option(help="Of what is written unquantised.")
+    ] = "bfloat16",
+    base_quantization: Annotated[
+        Literal["nf4", "none"],
+        typer.Option(help="What the adapter is added to: the base as `onebase serve` keeps it, or unquantised."),
+    ] = "nf4",
+    double_quant: Annotated[bool, typer.Option(help="Quantise the NF4 block scales too.")] = True,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Write an adapter as a PEFT directory, or with --merged the base with it as an ordinary checkpoint."""
+    with open_store(store) as opened:
+        adapter = read_adapter(opened, name)
+        base_name, layout = opened.base_name, opened.layout
+        if not merged:
+            _export_peft(adapter, output, base_name)
+        elif base is None:
+            raise ConfigurationError(f"--merged needs the base to merge into: --base DIRECTORY of {base_name}.")
+        elif ModelConfig.from_directory(base).adapter_layout() != layout:
+            raise ConfigurationError(f"{base} is another model than {base_name}, which this store's adapters are for.")
+        else:
+            from onebase_server.model.merged_checkpoint import (
+                ExportForm,
+                export_merged,
+            )  # torch takes seconds to import
+
+            form = ExportForm(quantization, dtype, base_quantization, double_quant)
+            with step_progress(f"Merging {name} into {base_name}") as on_progress:
+                errors = export_merged(base, adapter, output, form, on_progress)
+            console.print(error_table(errors, quantization if quantization == "nf4" else dtype))
+    console.print(f"Wrote {output}.", highlight=False)
+
+
+def _export_peft(adapter: Adapter, output: Path, base_name: str) -> None:
+    try:
+        output.mkdir(parents=True)
+    except FileExistsError as error:
+        raise ConfigurationError(f"{output} already exists; choose another directory or remove it first.") from error
+    write_peft(adapter, output, base_name=base_name)
+
+
+def error_table(errors: "Sequence[LinearError]", form: str) -> Table:
+    """All linears together, then the worst by relative error."""
+    table = Table(title=f"Error of rounding base + adapter to {form}", title_justify="left")
+    table.add_column("linear", overflow="fold")
+    table.add_column("relative to the weight", justify="right")
+    table.add_column("relative to the update", justify="right")
+    total = hypot(*(e.error for e in errors))
+    for label, relative, of_update in (
+        (
+            f"all {len(errors)}",
+            total / hypot(*(e.merged for e in errors)),
+            total / hypot(*(e.update for e in errors)),
+        ),
+        *((e.name, e.relative, e.of_update) for e in sorted(errors, key=lambda e: -e.relative)[:WORST]),
+    ):
+        table.add_row(label, f"{relative:.2e}", f"{of_update:.2e}")
+    return table
