@@ -51,19 +51,50 @@ class LowRankPair:
         return int(self.lora_a.nbytes + self.lora_b.nbytes)
 
 
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What every request of an adapter starts behind: one row for each virtual token, which the context counts."""
+
+    rows: Array
+    """Shape [tokens, …]; float32, float16 or bfloat16 (ml_dtypes)."""
+
+    @property
+    def num_tokens(self) -> int:
+        """How many virtual tokens there are."""
+        return int(self.rows.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixKV(Prefix):
+    """Prefix-tuning (arXiv 2101.00190) and cartridges (arXiv 2506.06266): `rows` [tokens, layers, 2, kv width] are
+    keys and values as the cache holds them, the keys already turned to their positions."""
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualTokens(Prefix):
+    """Prompt tuning (arXiv 2104.08691) and P-tuning (arXiv 2103.10385): `rows` [tokens, hidden] stand where the
+    embeddings of the first tokens would."""
+
+
 @dataclass(frozen=True)
 class Adapter:
-    """A customer's difference from the base: a low-rank pair for each linear that it touches."""
+    """A customer's difference from the base: a low-rank pair for each linear that it touches, or a prefix."""
 
     pairs: Mapping[ModuleKey, LowRankPair] = field(repr=False)
+    prefix: Prefix | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pairs", MappingProxyType(dict(sorted(self.pairs.items()))))
 
     @cached_property
     def rank(self) -> int:
-        """The largest rank of any pair."""
-        return max(pair.rank for pair in self.pairs.values())
+        """The largest rank of any pair; 0 without pairs."""
+        return max((pair.rank for pair in self.pairs.values()), default=0)
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """How many positions of the context the prefix takes."""
+        return self.prefix.num_tokens if self.prefix else 0
 
     @cached_property
     def targets(self) -> tuple[str, ...]:
@@ -72,22 +103,26 @@ class Adapter:
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of all matrices as stored."""
-        return sum(pair.nbytes for pair in self.pairs.values())
+        """Bytes of all numbers as stored."""
+        prefix = self.prefix.rows.nbytes if self.prefix else 0
+        return prefix + sum(pair.nbytes for pair in self.pairs.values())
 
     @cached_property
     def num_parameters(self) -> int:
-        """How many numbers the matrices hold; times the compute dtype's size, this is their cost on the device."""
-        return sum(pair.lora_a.size + pair.lora_b.size for pair in self.pairs.values())
+        """How many numbers it holds; times the compute dtype's size, this is what pairs cost on the device."""
+        prefix = self.prefix.rows.size if self.prefix else 0
+        return prefix + sum(pair.lora_a.size + pair.lora_b.size for pair in self.pairs.values())
 
 
 @dataclass(frozen=True)
 class BaseLayout:
-    """What an adapter has to fit: the linears of the base that adapters may touch."""
+    """What an adapter has to fit: the linears of the base that adapters may touch, and the heads of a prefix."""
 
     num_layers: int
     shapes: Mapping[str, tuple[int, int]]
     """(out_features, in_features) of each projection, alike in every layer: `{"q_proj": (576, 576), …}`."""
+    num_kv_heads: int | None = None
+    """How many heads K and V have; None if a store's catalogue is from before it was asked."""
     fused: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: MappingProxyType(
             {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

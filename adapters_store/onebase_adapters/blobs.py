@@ -1,7 +1,8 @@
 """The canonical form on disk: one safetensors file per adapter, named by its own sha256, never changed once written.
 
-Tensors are `layers.{i}.{projection}.lora_a` and `.lora_b` in the dtype they came in; one metadata entry holds the rest
-as JSON with sorted keys, so that the same adapter always gives the same bytes. It knows nothing of names and versions.
+Tensors are `layers.{i}.{projection}.lora_a` and `.lora_b`, or `prefix_kv` or `virtual_tokens` alone, in the dtype they
+came in; one metadata entry holds the rest as JSON with sorted keys, so that the same adapter always gives the same
+bytes. It knows nothing of names and versions.
 """
 
 import hashlib
@@ -13,13 +14,24 @@ import numpy as np
 import regex
 from safetensors.numpy import save_file
 
-from .adapter import Adapter, InvalidTensors, LowRankPair, ModuleKey, StoreError
+from .adapter import (
+    Adapter,
+    InvalidTensors,
+    LowRankPair,
+    ModuleKey,
+    Prefix,
+    PrefixKV,
+    StoreError,
+    VirtualTokens,
+)
 from .tensor_file import TensorFile, map_tensors
 
 FORMAT_VERSION = 1
 METADATA_KEY = "onebase"
 
 PAIR_NAME = regex.compile(r"layers\.(?P<layer>[0-9]+)\.(?P<projection>\w+)")
+
+_PREFIX_NAMES: dict[type[Prefix], str] = {PrefixKV: "prefix_kv", VirtualTokens: "virtual_tokens"}
 
 
 def write_blob(adapter: Adapter, path: Path) -> str:
@@ -28,6 +40,8 @@ def write_blob(adapter: Adapter, path: Path) -> str:
     for key, pair in adapter.pairs.items():
         tensors[f"{key}.lora_a"] = np.ascontiguousarray(pair.lora_a)
         tensors[f"{key}.lora_b"] = np.ascontiguousarray(pair.lora_b)
+    if adapter.prefix is not None:
+        tensors[_PREFIX_NAMES[type(adapter.prefix)]] = np.ascontiguousarray(adapter.prefix.rows)
     scales = {str(key): pair.scale for key, pair in adapter.pairs.items()}
     description = json.dumps({"format_version": FORMAT_VERSION, "scales": scales}, sort_keys=True)
     save_file(tensors, path, metadata={METADATA_KEY: description})
@@ -44,7 +58,7 @@ def read_blob(path: Path) -> Adapter:
         StoreError: there is no such file, or it is not a blob of this format.
     """
     try:
-        return Adapter(_pairs(map_tensors(path)))
+        return _read(map_tensors(path))
     except FileNotFoundError as error:
         raise StoreError(f"The adapter store has no blob {path.name}.") from error
     except (InvalidTensors, LookupError, TypeError, ValueError) as error:
@@ -68,11 +82,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _pairs(file: TensorFile) -> dict[ModuleKey, LowRankPair]:
+def _read(file: TensorFile) -> Adapter:
     description = json.loads(file.metadata[METADATA_KEY])
     if description["format_version"] != FORMAT_VERSION:
         raise ValueError(f"its format version is {description['format_version']}, not {FORMAT_VERSION}.")
-    scales = description["scales"]
+    for kind, name in _PREFIX_NAMES.items():
+        if set(file.tensors) == {name}:
+            return Adapter({}, kind(file.tensors[name]))
+    return Adapter(_pairs(file, description["scales"]))
+
+
+def _pairs(file: TensorFile, scales: dict[str, float]) -> dict[ModuleKey, LowRankPair]:
     if set(file.tensors) != {f"{name}.{side}" for name in scales for side in ("lora_a", "lora_b")} or not scales:
         raise ValueError("its tensors are not those that its metadata announces.")
     return {_parse_key(name): _pair(name, file, float(scale)) for name, scale in scales.items()}

@@ -34,7 +34,7 @@ from sqlalchemy.exc import DatabaseError
 
 from .adapter import Adapter, AdapterNotFound, BaseLayout, StoreError, VersionNotFound
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_SECONDS = 30
 LARGEST_INTEGER = 2**63 - 1
 """SQLite's; a version beyond it cannot even be asked for."""
@@ -60,6 +60,7 @@ _versions = Table(
     Column("nbytes", Integer, nullable=False),
     Column("num_parameters", Integer, nullable=False),
     Column("created_at", String, nullable=False),  # ISO 8601, UTC
+    Column("num_virtual_tokens", Integer, nullable=False, server_default="0"),
 )
 
 
@@ -74,11 +75,13 @@ class AdapterVersion:
     source_sha256: str
     """sha256 of what was sent, hexadecimal."""
     rank: int
-    """The largest rank of any pair."""
+    """The largest rank of any pair; 0 for an adapter that is a prefix."""
     targets: tuple[str, ...]
     nbytes: int
     num_parameters: int
     created_at: datetime
+    num_virtual_tokens: int
+    """How many positions of the context a prefix takes; 0 for other adapters."""
     is_live: bool
     """Whether it answered to the plain name when it was looked up."""
 
@@ -124,6 +127,7 @@ class Catalogue:
         catalogue = cls(engine)
         try:
             catalogue._create(layout, base_name)
+            catalogue._upgrade()
             catalogue._check_base(layout, base_name)
         except DatabaseError as error:
             catalogue.close()
@@ -205,6 +209,7 @@ class Catalogue:
                     nbytes=adapter.nbytes,
                     num_parameters=adapter.num_parameters,
                     created_at=datetime.now(UTC).isoformat(),
+                    num_virtual_tokens=adapter.num_virtual_tokens,
                 )
             )
             return _resolve(connection, name, version)
@@ -288,16 +293,24 @@ class Catalogue:
                 values = {
                     "schema_version": str(SCHEMA_VERSION),
                     "base_name": base_name,
-                    "layout": _format_layout(layout),
+                    "layout": json.dumps(_describe_layout(layout)),
                 }
                 connection.execute(_meta.insert(), [{"key": key, "value": value} for key, value in values.items()])
+
+    def _upgrade(self) -> None:
+        """Bring a catalogue of version 1 up to date: it knew no prefixes."""
+        if self._meta("schema_version") != "1":
+            return
+        with self._transaction() as connection:
+            connection.exec_driver_sql("ALTER TABLE versions ADD COLUMN num_virtual_tokens INTEGER NOT NULL DEFAULT 0")
+            _set_meta(connection, "schema_version", str(SCHEMA_VERSION))
 
     def _check_base(self, layout: BaseLayout | None, base_name: str | None) -> None:
         if self._meta("schema_version") != str(SCHEMA_VERSION):
             raise StoreError(
                 f"The adapter store has schema version {self._meta('schema_version')}, this program {SCHEMA_VERSION}."
             )
-        if layout is not None and _format_layout(layout) != _format_layout(self.layout):
+        if layout is not None and not self._learn_layout(layout):
             raise StoreError(
                 f"The adapter store is for base {self.base_name}, whose linears differ from those of the base given"
                 f"{f', {base_name}' if base_name else ''}; each base needs a store of its own."
@@ -307,6 +320,16 @@ class Catalogue:
                 f"The adapter store is for base {self.base_name}, not for {base_name}; each base needs a store of its "
                 f"own. If it is the same base under another name, give {self.base_name} as its name."
             )
+
+    def _learn_layout(self, layout: BaseLayout) -> bool:
+        """Whether the layout is the base's; if it is, what an earlier program did not note of it is added."""
+        known, given = json.loads(self._meta("layout")), _describe_layout(layout)
+        if any(given.get(key) != value for key, value in known.items()):
+            return False
+        if given != known:
+            with self._transaction() as connection:
+                _set_meta(connection, "layout", json.dumps(given))
+        return True
 
 
 def _configure(connection: Any, _record: object) -> None:
@@ -332,28 +355,37 @@ def _parse_rows(rows: Sequence[Row[Any]]) -> list[AdapterVersion]:
 
 
 def _parse_row(row: Row[Any]) -> AdapterVersion:
-    name, version, digest, source_sha256, rank, targets, nbytes, num_parameters, created_at, is_live = tuple(row)
+    name, version, digest, source_sha256, rank, targets, nbytes, num_parameters, created_at, virtual, live = tuple(row)
     return AdapterVersion(
         name=name,
         version=version,
         digest=digest,
         source_sha256=source_sha256,
         rank=rank,
-        targets=tuple(targets.split(",")),
+        targets=tuple(targets.split(",")) if targets else (),
         nbytes=nbytes,
         num_parameters=num_parameters,
         created_at=datetime.fromisoformat(created_at),
-        is_live=bool(is_live),
+        num_virtual_tokens=virtual,
+        is_live=bool(live),
     )
 
 
-def _format_layout(layout: BaseLayout) -> str:
-    # the fused names are the program's knowledge of checkpoints, not a property of the base
-    return json.dumps({"num_layers": layout.num_layers, "shapes": {name: list(s) for name, s in layout.shapes.items()}})
+def _set_meta(connection: Connection, key: str, value: str) -> None:
+    connection.execute(_meta.update().where(_meta.c.key == key).values(value=value))
+
+
+def _describe_layout(layout: BaseLayout) -> dict[str, Any]:
+    """For JSON; without the fused names, which are the program's knowledge of checkpoints, not the base's property."""
+    shapes = {name: list(shape) for name, shape in layout.shapes.items()}
+    heads = {} if layout.num_kv_heads is None else {"num_kv_heads": layout.num_kv_heads}
+    return {"num_layers": layout.num_layers, "shapes": shapes, **heads}
 
 
 def _parse_layout(text: str) -> BaseLayout:
     layout = json.loads(text)
     return BaseLayout(
-        layout["num_layers"], {name: (rows, columns) for name, (rows, columns) in layout["shapes"].items()}
+        num_layers=layout["num_layers"],
+        shapes={name: (rows, columns) for name, (rows, columns) in layout["shapes"].items()},
+        num_kv_heads=layout.get("num_kv_heads"),
     )

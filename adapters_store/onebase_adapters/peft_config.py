@@ -6,7 +6,7 @@ never heard of is refused too, because PEFT gains some with every release. It kn
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,9 @@ import regex
 from .adapter import InvalidConfig, UnsupportedAdapter
 
 CONFIG_FILE = "adapter_config.json"
+
+PEFT_TYPES = ("LORA", "PREFIX_TUNING", "CARTRIDGE", "PROMPT_TUNING", "P_TUNING")
+"""The kinds that are carried; all but the first are `peft_prefix`'s."""
 
 MAX_CONFIG_BYTES = 256 << 10
 """A pattern for each linear of the largest models takes less than half of this."""
@@ -95,26 +98,32 @@ class LoraOptions:
         return _matches(self.target_modules, module)
 
 
-def read_config(path: Path) -> LoraOptions:
-    """Read and check `adapter_config.json`.
+def read_lora_options(config: dict[str, Any]) -> LoraOptions:
+    """Check what `load_config` read of a LoRA adapter.
 
     Raises:
-        InvalidConfig: it is missing, too large, not JSON, or a field of it makes no sense.
-        UnsupportedAdapter: it asks for a PEFT type or an option that is not carried; the text names it.
+        InvalidConfig: a field of it makes no sense.
+        UnsupportedAdapter: it asks for an option that is not carried; the text names it.
     """
-    config = _load_json(path)
-    _refuse_unsupported(config)
+    _refuse_other_bases(config)
+    refuse_options_beyond(HONOURED | WITHOUT_EFFECT, config)
     return LoraOptions(
-        r=_rank(config.get("r"), "r"),
+        r=positive_integer(config.get("r"), "r"),
         lora_alpha=_number(config.get("lora_alpha"), "lora_alpha"),
         use_rslora=_flag(config, "use_rslora"),
-        rank_pattern=_patterns(config, "rank_pattern", _rank),
+        rank_pattern=_patterns(config, "rank_pattern", positive_integer),
         alpha_pattern=_patterns(config, "alpha_pattern", _number),
         target_modules=_target_modules(config.get("target_modules")),
     )
 
 
-def _load_json(path: Path) -> dict[str, Any]:
+def load_config(path: Path) -> dict[str, Any]:
+    """Read `adapter_config.json`, whatever the adapter's kind; its `peft_type` is one that is carried.
+
+    Raises:
+        InvalidConfig: it is missing, too large, not JSON, or says no `peft_type`.
+        UnsupportedAdapter: the `peft_type` is not carried; the text names it.
+    """
     if not path.is_file():
         raise InvalidConfig(
             f"There is no {CONFIG_FILE}, so this is not an adapter as PEFT's save_pretrained writes it."
@@ -127,23 +136,29 @@ def _load_json(path: Path) -> dict[str, Any]:
         raise InvalidConfig(f"{CONFIG_FILE} is not valid JSON: {error}.") from error
     if not isinstance(config, dict):
         raise InvalidConfig(f"{CONFIG_FILE} should hold a JSON object, not a {type(config).__name__}.")
+    if "peft_type" not in config:
+        raise InvalidConfig(f"{CONFIG_FILE} does not say its peft_type.")
+    if config["peft_type"] not in PEFT_TYPES:
+        raise UnsupportedAdapter(
+            f"peft_type {config['peft_type']!r} is not supported; this server serves {', '.join(PEFT_TYPES)}."
+        )
     return config
 
 
-def _refuse_unsupported(config: dict[str, Any]) -> None:
-    if "peft_type" not in config:
-        raise InvalidConfig(f"{CONFIG_FILE} does not say its peft_type.")
-    if config["peft_type"] != "LORA":
-        raise UnsupportedAdapter(f"peft_type {config['peft_type']!r} is not supported; this server serves LORA.")
+def refuse_options_beyond(known: Collection[str], config: dict[str, Any]) -> None:
+    """Raise UnsupportedAdapter for an option that is on and not among the known ones."""
+    for name, value in sorted(config.items()):
+        if name not in known and not _is_off(name, value):
+            raise UnsupportedAdapter(f"{CONFIG_FILE} asks for {name} = {value!r}, which this server does not support.")
+
+
+def _refuse_other_bases(config: dict[str, Any]) -> None:
     initialisation = config.get("init_lora_weights")
     if initialisation not in PLAIN_INITIALISATIONS:
         raise UnsupportedAdapter(
             f"init_lora_weights {initialisation!r} changes the base's weights, so this adapter does not fit the "
             "original base. Save it with path_initial_model_for_weight_conversion, which turns it into a plain LoRA."
         )
-    for name, value in sorted(config.items()):
-        if name not in HONOURED | WITHOUT_EFFECT and not _is_off(name, value):
-            raise UnsupportedAdapter(f"{CONFIG_FILE} asks for {name} = {value!r}, which this server does not support.")
 
 
 def _is_off(name: str, value: object) -> bool:
@@ -179,7 +194,8 @@ def _flag(config: dict[str, Any], name: str) -> bool:
     return value
 
 
-def _rank(value: object, where: str) -> int:
+def positive_integer(value: object, where: str) -> int:
+    """The value of the field `where`, if it is one; raises InvalidConfig."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InvalidConfig(f"{CONFIG_FILE}: {where} should be a positive integer, not {value!r}.")
     return value

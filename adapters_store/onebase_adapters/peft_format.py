@@ -20,7 +20,8 @@ from .adapter import (
     ModuleKey,
     RankTooLarge,
 )
-from .peft_config import CONFIG_FILE, LoraOptions, read_config
+from .peft_config import CONFIG_FILE, LoraOptions, load_config, read_lora_options
+from .peft_prefix import read_prefix
 from .tensor_file import map_tensors
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -56,13 +57,16 @@ def parse(directory: Path, layout: BaseLayout, *, max_rank: int) -> Adapter:
     """Read an adapter; its arrays are views of the mapped file.
 
     Raises:
-        InvalidConfig, UnsupportedAdapter: see `read_config`.
+        InvalidConfig, UnsupportedAdapter: see `load_config` and `read_lora_options`.
         InvalidTensors: no safetensors file, or a tensor of it, which the text names, does not fit this base.
         RankTooLarge: a module's rank is over `max_rank`.
     """
     check_directory(directory)
-    options = read_config(directory / CONFIG_FILE)
-    modules = _group_by_module(map_tensors(directory / WEIGHTS_FILE).tensors, layout)
+    config, tensors = load_config(directory / CONFIG_FILE), map_tensors(directory / WEIGHTS_FILE).tensors
+    if config["peft_type"] != "LORA":
+        return Adapter({}, read_prefix(config, tensors, layout))
+    options = read_lora_options(config)
+    modules = _group_by_module(tensors, layout)
     pairs: dict[ModuleKey, LowRankPair] = {}
     for module in modules:
         if not options.targets(module.name):

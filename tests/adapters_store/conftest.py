@@ -23,6 +23,7 @@ LAYOUT = BaseLayout(
         "up_proj": (48, 32),
         "down_proj": (32, 48),
     },
+    num_kv_heads=2,
 )
 
 PEFT_CONFIG = {
@@ -72,6 +73,23 @@ def write_peft(tmp_path: Path) -> WritePeft:
         options = {key: value for key, value in {**PEFT_CONFIG, **config}.items() if value is not None}
         (directory / "adapter_config.json").write_text(json.dumps(options))
         save_file(lora_tensors(seed) if tensors is None else tensors, directory / "adapter_model.safetensors")
+        return directory
+
+    return write
+
+
+@pytest.fixture
+def write_prefix(tmp_path: Path) -> WritePeft:
+    """Write a prefix-tuning directory of five virtual tokens, or of another `peft_type`, with these rows."""
+
+    def write(rows: Array | None = None, *, name: str = "prefix", **config: Any) -> Path:
+        directory = tmp_path / name
+        directory.mkdir(exist_ok=True)
+        options = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 5, **config}
+        (directory / "adapter_config.json").write_text(json.dumps(options))
+        if rows is None:
+            rows = np.random.default_rng(0).standard_normal((5, 2 * 3 * 16)).astype(np.float32)
+        save_file({"prompt_embeddings": rows}, directory / "adapter_model.safetensors")
         return directory
 
     return write

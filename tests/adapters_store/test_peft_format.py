@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from onebase_adapters.adapter import Adapter, BaseLayout, InvalidConfig, InvalidTensors, ModuleKey
-from onebase_adapters.peft_config import read_config
+from onebase_adapters.peft_config import load_config
 from onebase_adapters.peft_format import parse
 
 
@@ -160,7 +160,7 @@ def test_a_config_nested_beyond_reason_is_refused(tmp_path):
     path = tmp_path / "adapter_config.json"
     path.write_text('{"r": ' + "[" * 100_000)
     with pytest.raises(InvalidConfig, match="not valid JSON"):
-        read_config(path)
+        load_config(path)
 
 
 def test_a_linear_given_both_fused_and_by_itself_is_refused(write_peft, layout, tensors):

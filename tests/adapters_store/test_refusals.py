@@ -198,9 +198,9 @@ def test_a_refusal_names_what_is_wrong_and_changes_nothing(case, store, write_pe
 def test_every_option_that_peft_writes_is_either_carried_or_refused_on_purpose(tmp_path):
     """A default configuration passes, whatever version of PEFT is installed."""
     peft = pytest.importorskip("peft")
-    from onebase_adapters.peft_config import read_config
+    from onebase_adapters.peft_config import load_config, read_lora_options
 
     peft.LoraConfig(r=4, target_modules=["q_proj"]).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
-    assert read_config(path).r == 4
+    assert read_lora_options(load_config(path)).r == 4
     assert "use_dora" in json.loads(path.read_text())

@@ -1,8 +1,10 @@
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -328,3 +330,20 @@ def test_a_layout_survives_the_catalogue(tmp_path):
     opened = AdapterStore.open(tmp_path / "store")
     assert (opened.layout, opened.layout.projections) == (layout, ("z_proj", "a_proj"))
     opened.close()
+
+
+def test_a_store_from_before_there_were_prefixes_is_brought_up_to_date(open_store, write_peft, write_prefix):
+    store = open_store()
+    store_layout = store.layout
+    store.publish("pirate", write_peft())
+    store.close()
+    with closing(sqlite3.connect(store.root / "catalogue.sqlite3")) as database:
+        database.execute("ALTER TABLE versions DROP COLUMN num_virtual_tokens")
+        database.execute("UPDATE meta SET value = '1' WHERE key = 'schema_version'")
+        database.execute("UPDATE meta SET value = json_remove(value, '$.num_kv_heads') WHERE key = 'layout'")
+        database.commit()
+    assert AdapterStore.open(store.root).layout.num_kv_heads is None
+    reopened = open_store()
+    assert reopened.layout == store_layout
+    assert reopened.resolve("pirate").num_virtual_tokens == 0
+    assert reopened.publish("prefixed", write_prefix()).num_virtual_tokens == 5

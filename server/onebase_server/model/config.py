@@ -131,7 +131,7 @@ class ModelConfig:
             for group in self.projection_groups
             for projection, width in zip(group.projections, group.widths, strict=True)
         }
-        return BaseLayout(num_layers=self.num_layers, shapes=shapes)
+        return BaseLayout(num_layers=self.num_layers, shapes=shapes, num_kv_heads=self.num_kv_heads)
 
     @property
     def max_context(self) -> int:
