@@ -8,9 +8,18 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    CartridgeConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptLearningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from onebase_adapters.store import AdapterStore
 from onebase_kernels import use_backend
@@ -35,6 +44,17 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 """Six adapters that share nothing but the base: ranks, targets, scalings."""
 
+PREFIXES: dict[str, PromptLearningConfig] = {
+    "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+    "projected-prefix": PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=8, prefix_projection=True, encoder_hidden_size=32
+    ),
+    "cartridge": CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=9),
+    "p-tuning": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=32),
+}
+"""Adapters that are virtual tokens, as many as fill whole blocks of four or not."""
+
 NEXT_RANK8 = "rank8-next"
 """Another adapter of rank8's kind: what a customer uploads as its next version."""
 
@@ -42,9 +62,9 @@ NEXT_RANK8 = "rank8-next"
 class Oracle:
     """Transformers + PEFT + bitsandbytes on one NF4 base."""
 
-    def __init__(self, model: PeftModel, directory: Path) -> None:
-        """`directory` is where PEFT saved each adapter, under its name."""
-        self.model = model
+    def __init__(self, models: dict[str, PeftModel], directory: Path) -> None:
+        """`models` has the model that each adapter is one of; `directory` is where PEFT saved it, under its name."""
+        self.models = models
         self.directory = directory
 
     @cache  # noqa: B019 - the oracle lives as long as the tests
@@ -63,10 +83,12 @@ class Oracle:
     def _last_logits(self, token_ids: list[int], adapter: str | None) -> Tensor:
         inputs = torch.tensor([token_ids])
         if adapter is None:
-            with self.model.disable_adapter():
-                return self.model(input_ids=inputs).logits[0, -1]
-        self.model.set_adapter(adapter)
-        return self.model(input_ids=inputs).logits[0, -1]
+            model = next(iter(self.models.values()))
+            with model.disable_adapter():
+                return model(input_ids=inputs).logits[0, -1]
+        model = self.models[adapter]
+        model.set_adapter(adapter)
+        return model(input_ids=inputs).logits[0, -1]
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +121,21 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def oracle(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
-    """The base loaded by bitsandbytes in NF4 with double quantisation, with all of ADAPTERS, each saved by PEFT."""
+    """NF4 bases with double quantisation, with all of ADAPTERS and PREFIXES, each saved by PEFT."""
+    lora = _lora_model(_load_nf4(small_base))
+    models = dict.fromkeys((*ADAPTERS, NEXT_RANK8), lora)
+    base = _load_nf4(small_base)  # PEFT puts no prefix before a model that has LoRA
+    torch.manual_seed(2)
+    models |= {name: get_peft_model(base, config, adapter_name=name) for name, config in PREFIXES.items()}
+    directory = tmp_path_factory.mktemp("peft")
+    for model in dict.fromkeys(models.values()):
+        model.save_pretrained(directory)
+        model.eval()
+    return Oracle(models, directory)
+
+
+def _load_nf4(directory: Path) -> PreTrainedModel:
+    """The base as bitsandbytes quantises it, computing in fp32."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -107,11 +143,16 @@ def oracle(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Oracle
         bnb_4bit_compute_dtype=torch.float32,
     )
     base = AutoModelForCausalLM.from_pretrained(
-        small_base, quantization_config=quantization, dtype=torch.float32, device_map="cpu", attn_implementation="eager"
+        directory, quantization_config=quantization, dtype=torch.float32, device_map="cpu", attn_implementation="eager"
     )
     for module in base.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False  # that shortcut computes in bf16 whatever the compute dtype says
+    return base
+
+
+def _lora_model(base: PreTrainedModel) -> PeftModel:
+    """The base with all of ADAPTERS and the next version of one."""
     model: PeftModel | None = None
     for name, options in {**ADAPTERS, NEXT_RANK8: ADAPTERS["rank8"]}.items():
         config = LoraConfig(task_type="CAUSAL_LM", **options)
@@ -121,9 +162,7 @@ def oracle(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Oracle
             model.add_adapter(name, config)
     assert isinstance(model, PeftModel)
     _randomise(model)
-    directory = tmp_path_factory.mktemp("peft")
-    model.save_pretrained(directory)
-    return Oracle(model.eval(), directory)
+    return model
 
 
 def _randomise(model: PeftModel) -> None:
@@ -146,12 +185,16 @@ def store(small_base: Path, tmp_path: Path) -> Iterator[AdapterStore]:
 
 @pytest.fixture
 def adapters(oracle: Oracle, store: AdapterStore) -> dict[str, AdapterRef]:
-    """All of ADAPTERS, published."""
-    return {name: publish(store, name, oracle.directory / name) for name in ADAPTERS}
+    """All of ADAPTERS and PREFIXES, published."""
+    return {name: publish(store, name, oracle.directory / name) for name in (*ADAPTERS, *PREFIXES)}
 
 
 def publish(store: AdapterStore, name: str, directory: Path) -> AdapterRef:
     """Publish a PEFT directory; how a request refers to the version that this made."""
     version = store.publish(name, directory)
-    path = store.blob_path(version.digest)
-    return AdapterRef(digest=version.digest, path=str(path), label=f"{name}@{version.version}")
+    return AdapterRef(
+        digest=version.digest,
+        path=str(store.blob_path(version.digest)),
+        label=version.label,
+        num_virtual_tokens=version.num_virtual_tokens,
+    )

@@ -13,6 +13,7 @@ from typing import Literal
 import pytest
 import torch
 
+from onebase_adapters.catalogue import AdapterVersion
 from onebase_adapters.store import AdapterStore
 from onebase_kernels import BackendName, use_backend
 from onebase_server.engine.core import Engine
@@ -20,11 +21,16 @@ from onebase_server.engine.request import AdapterRef, Attach, Retire, SamplingPa
 from onebase_server.model.weights import load_decoder
 from onebase_server.settings import EngineSettings
 
-from .conftest import ADAPTERS, NEXT_RANK8, VOCAB, Oracle, publish
+from .conftest import ADAPTERS, NEXT_RANK8, PREFIXES, VOCAB, Oracle, publish
 
 ANSWER = 12
-ROWS: tuple[tuple[str, str | None], ...] = (("base-1", None), *((name, name) for name in ADAPTERS), ("base-2", None))
-"""Two rows of the base among one of each adapter."""
+ROWS: tuple[tuple[str, str | None], ...] = (
+    ("base-1", None),
+    *((name, name) for name in (*ADAPTERS, *PREFIXES)),
+    *((f"{name}-2", name) for name in PREFIXES),
+    ("base-2", None),
+)
+"""Two rows of the base among one of each low-rank adapter and two of each prefix."""
 
 MakeEngine = Callable[..., Engine]
 
@@ -96,6 +102,11 @@ def submit_all(engine: Engine, adapters: dict[str, AdapterRef]) -> None:
         submit(engine, row, adapters[adapter] if adapter else None)
 
 
+def low_rank(store: AdapterStore) -> list[AdapterVersion]:
+    """The live adapters that need adapter memory; prefixes live in the KV cache."""
+    return [version for version in store.list_adapters() if not version.num_virtual_tokens]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -135,7 +146,7 @@ def test_prefix_cache_hits_change_nothing(
         submit_all(engine, adapters)
         outputs = run(engine)
     for row, adapter in ROWS:
-        assert outputs[row][0].num_cached_tokens >= 8, "this row should have come from the cache"
+        assert outputs[row][0].num_cached_tokens >= 5, "this row should have come from the cache"
         assert_like_oracle(outputs[row], row, adapter, oracle)
 
 
@@ -152,7 +163,7 @@ def test_preemption_changes_nothing(make_engine: MakeEngine, adapters: dict[str,
 def test_adapters_that_take_turns_in_memory_change_nothing(
     make_engine: MakeEngine, adapters: dict[str, AdapterRef], oracle: Oracle, store: AdapterStore
 ) -> None:
-    largest = max(version.num_parameters for version in store.list_adapters())
+    largest = max(version.num_parameters for version in low_rank(store))
     engine = make_engine(adapter_memory=4 * largest + 64)
     for _ in range(2):
         submit_all(engine, adapters)
@@ -181,5 +192,5 @@ def test_a_version_swapped_in_between_serves_new_requests_and_leaves_running_one
         assert_like_oracle(outputs[row], row, adapter, oracle)
     assert_like_oracle(outputs["base-1-again"], "base-1-again", None, oracle)
     assert_like_oracle(outputs["swapped"], "swapped", NEXT_RANK8, oracle)
-    live_bytes = 4 * sum(version.num_parameters for version in store.list_adapters())
+    live_bytes = 4 * sum(version.num_parameters for version in low_rank(store))
     assert engine.adapter_pool.bytes_used == live_bytes, "the old version's memory is free again"

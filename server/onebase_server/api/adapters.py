@@ -132,6 +132,7 @@ def _card(version: AdapterVersion) -> AdapterCard:
         targets=list(version.targets),
         bytes=version.nbytes,
         num_parameters=version.num_parameters,
+        num_virtual_tokens=version.num_virtual_tokens,
         created=int(version.created_at.timestamp()),
         is_live=version.is_live,
     )

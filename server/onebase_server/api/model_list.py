@@ -40,11 +40,12 @@ def _adapter_card(context: Context, model: str, version: AdapterVersion) -> Mode
     return ModelCard(
         id=model,
         created=int(version.created_at.timestamp()),
-        max_model_len=_max_model_len(context),
+        max_model_len=_max_model_len(context, version.num_virtual_tokens),
         root=version.label,
         parent=context.settings.served_name,
     )
 
 
-def _max_model_len(context: Context) -> int | None:
-    return context.engine.info.max_model_len if context.engine.info else None
+def _max_model_len(context: Context, num_virtual_tokens: int = 0) -> int | None:
+    """Tokens of prompt and answer together, the adapter's own not counted; None while the engine is away."""
+    return context.engine.info.max_model_len - num_virtual_tokens if context.engine.info else None

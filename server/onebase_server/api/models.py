@@ -4,7 +4,7 @@ import re
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from onebase_adapters.adapter import AdapterNotFound, VersionNotFound
+from onebase_adapters.adapter import Adapter, AdapterNotFound, VersionNotFound
 from onebase_adapters.catalogue import AdapterVersion
 from onebase_adapters.store import AdapterStore
 from onebase_server.engine.request import AdapterRef, Ready
@@ -48,7 +48,7 @@ def select_model(model: str, base_name: str, store: AdapterStore, engine: Ready,
     version = resolve_model(model, base_name, store)
     if version is None:
         return Selection(None, None, base_name)
-    check_fit(version.num_parameters, engine)
+    check_fit(version, engine)
     try:
         holds.enter_context(store.lease(version.digest))
     except AdapterNotFound as error:  # removed since it was resolved
@@ -56,9 +56,17 @@ def select_model(model: str, base_name: str, store: AdapterStore, engine: Ready,
     return Selection(adapter_ref(store, version), version.name, version.label)
 
 
-def check_fit(num_parameters: int, engine: Ready) -> None:
-    """Raise AdapterDoesNotFit for an adapter that could never run in this engine's adapter memory."""
-    needed = num_parameters * engine.adapter_element_bytes
+def check_fit(adapter: Adapter | AdapterVersion, engine: Ready) -> None:
+    """Raise AdapterDoesNotFit for an adapter that could never run in this engine's adapter memory or context."""
+    if adapter.num_virtual_tokens:  # a prefix lives in the KV cache
+        if adapter.num_virtual_tokens >= engine.max_model_len:
+            raise AdapterDoesNotFit(
+                f"The adapter has {adapter.num_virtual_tokens} virtual tokens, which leave no room for a prompt in "
+                f"this model's context of {engine.max_model_len} tokens; train it with fewer, or start the server with "
+                "a larger --max-model-len or --kv-cache-memory."
+            )
+        return
+    needed = adapter.num_parameters * engine.adapter_element_bytes
     if needed > engine.adapter_bytes_total:
         raise AdapterDoesNotFit(
             f"The adapter needs {needed} bytes on the device, the whole adapter memory has "
@@ -68,4 +76,9 @@ def check_fit(num_parameters: int, engine: Ready) -> None:
 
 def adapter_ref(store: AdapterStore, version: AdapterVersion) -> AdapterRef:
     """A version as the engine knows it."""
-    return AdapterRef(digest=version.digest, path=str(store.blob_path(version.digest)), label=version.label)
+    return AdapterRef(
+        digest=version.digest,
+        path=str(store.blob_path(version.digest)),
+        label=version.label,
+        num_virtual_tokens=version.num_virtual_tokens,
+    )

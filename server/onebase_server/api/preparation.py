@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import anyio.to_thread
 
@@ -9,7 +10,7 @@ from onebase_server.api.context import Context
 from onebase_server.api.generation import Generation, Job, Prompt
 from onebase_server.api.models import select_model
 from onebase_server.api.schemas import GenerationRequest
-from onebase_server.engine.request import Ready, SamplingParams
+from onebase_server.engine.request import AdapterRef, Ready, SamplingParams
 from onebase_server.errors import BadRequest, ContextTooLong
 from onebase_server.model.tokenizer import Tokenizer
 
@@ -52,10 +53,11 @@ def prepare(
         raise BadRequest(f"stop_token_ids must be below {info.vocab_size}, the vocabulary.", param="stop_token_ids")
     with ExitStack() as holds:
         selection = select_model(request.model, context.settings.served_name, context.store, info, holds)
+        room = ContextRoom.behind(selection.adapter, info)
         checked = []
         for token_ids in prompts:
             _check_token_ids(token_ids, info, param)
-            fitted = _fit_max_tokens(len(token_ids), max_tokens, default_max_tokens, info, param)
+            fitted = _fit_max_tokens(len(token_ids), max_tokens, default_max_tokens, room, param)
             sampling = _sampling(request, context.tokenizer.eos_token_ids, fitted, logprobs, prompt_logprobs)
             checked.append(Prompt(token_ids, sampling))
         holds.enter_context(context.admission.admit(len(checked) * request.n))
@@ -71,6 +73,24 @@ def prepare(
         return Generation(job, context.engine, context.tokenizer, context.metrics, holds.pop_all())
 
 
+@dataclass(frozen=True, slots=True)
+class ContextRoom:
+    """How many tokens a prompt and its answer may have together."""
+
+    num_tokens: int
+    description: str
+    """Of the context, for messages."""
+
+    @classmethod
+    def behind(cls, adapter: AdapterRef | None, info: Ready) -> "ContextRoom":
+        """The model's context, less the adapter's virtual tokens if it has any."""
+        description = f"this model's context of {info.max_model_len} tokens"
+        if adapter is None or not adapter.num_virtual_tokens:
+            return cls(info.max_model_len, description)
+        description += f", {adapter.num_virtual_tokens} of which are the adapter's virtual tokens,"
+        return cls(info.max_model_len - adapter.num_virtual_tokens, description)
+
+
 def _check_token_ids(token_ids: Sequence[int], info: Ready, param: str) -> None:
     if not token_ids:
         raise BadRequest("The prompt is empty; it needs at least one token.", param=param)
@@ -80,21 +100,21 @@ def _check_token_ids(token_ids: Sequence[int], info: Ready, param: str) -> None:
         )
 
 
-def _fit_max_tokens(length: int, wanted: int | None, default: int | None, info: Ready, param: str) -> int:
+def _fit_max_tokens(length: int, wanted: int | None, default: int | None, room: ContextRoom, param: str) -> int:
     """How many tokens to generate at most after a prompt of `length` tokens; raises ContextTooLong."""
-    left = info.max_model_len - length
+    left = room.num_tokens - length
     if left < 1:
         raise ContextTooLong(
-            f"The prompt has {length} tokens; this model's context of {info.max_model_len} tokens holds the prompt and "
-            "at least one generated token. Shorten the prompt.",
+            f"The prompt has {length} tokens; {room.description} holds the prompt and at least one generated token. "
+            "Shorten the prompt.",
             param=param,
         )
     if wanted is None:
         return left if default is None else min(default, left)
     if wanted > left:
         raise ContextTooLong(
-            f"The prompt has {length} tokens and {wanted} more were asked for, but this model's context holds "
-            f"{info.max_model_len} together. Shorten the prompt, or ask for at most {left}.",
+            f"The prompt has {length} tokens and {wanted} more were asked for, but {room.description} holds "
+            f"{room.num_tokens} together. Shorten the prompt, or ask for at most {left}.",
             param=param,
         )
     return max(1, wanted)

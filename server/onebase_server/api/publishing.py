@@ -61,7 +61,7 @@ class Publisher:
                 directory,
                 expected_sha256=expected_sha256,
                 source_sha256=source_sha256,
-                accept=lambda adapter: check_fit(adapter.num_parameters, info),
+                accept=lambda adapter: check_fit(adapter, info),
             )
             version = await run_sync(publish)
             await self._switch(before, version)
@@ -98,7 +98,7 @@ class Publisher:
         """
         try:
             if self._engine.info is not None:
-                check_fit(after.num_parameters, self._engine.info)
+                check_fit(after, self._engine.info)
             attached = await self._engine.attach(adapter_ref(self._store, after))
         except EngineUnavailable:
             logger.warning("%s is published while the engine is away; its first request will load it", after.label)

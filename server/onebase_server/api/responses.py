@@ -182,9 +182,12 @@ class AdapterCard:
     source_sha256: str
     """sha256 of what was sent."""
     rank: int
+    """The largest of any linear; 0 for a prefix."""
     targets: list[str]
     bytes: int
     num_parameters: int
+    num_virtual_tokens: int
+    """How many tokens of the context a prefix takes."""
     created: int
     is_live: bool
     object: Literal["adapter"] = "adapter"

@@ -8,7 +8,6 @@ read on a thread, while steps go on. It knows adapters by digest only: names and
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +15,12 @@ import torch
 
 import onebase_kernels as kernels
 from onebase_adapters.blobs import read_blob
+from onebase_server.engine.blob_loader import BlobLoader
 from onebase_server.engine.extents import Extents
 from onebase_server.engine.packing import PackedAdapter, pack_adapter
 from onebase_server.engine.request import AdapterRef
-from onebase_server.engine.scheduler import AdapterLoading, AdapterMemoryFull, AdapterUnusable
+from onebase_server.engine.scheduler import AdapterMemoryFull, AdapterUnusable
 from onebase_server.model.config import ModelConfig
-
-MAX_LOADING = 8
-"""Blobs on their way or waiting for room at one time: enough to keep the reader busy, too few to fill the host."""
 
 MAX_RETIRED = 4096
 """Retired versions that are remembered, for requests that were admitted before and arrive after."""
@@ -77,12 +74,10 @@ class AdapterPool:
         self._resident: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
         self._retired: OrderedDict[str, None] = OrderedDict()  # the longest retired first
         self._free_slots = list(range(self.table.shape[2]))
-        self._loading: dict[str, Future[PackedAdapter]] = {}
-        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
-        self._on_loaded = on_loaded
+        self._loader = BlobLoader(self._load, on_loaded)
 
     def __repr__(self) -> str:
-        return f"AdapterPool(resident={len(self._resident)}, loading={len(self._loading)}, {self._extents!r})"
+        return f"AdapterPool(resident={len(self._resident)}, loading={len(self._loader)}, {self._extents!r})"
 
     @property
     def bytes_used(self) -> int:
@@ -120,14 +115,14 @@ class AdapterPool:
 
     def withdraw(self, digest: str) -> None:
         """A sequence that waited for this adapter is gone: do not keep its bytes waiting for room."""
-        self._loading.pop(digest, None)
+        self._loader.drop(digest)
 
     def retire(self, digest: str) -> None:
         """An adapter version is no longer live: its memory is free as soon as nobody uses it."""
         self._retired[digest] = None
         if len(self._retired) > MAX_RETIRED:
             self._retired.popitem(last=False)
-        self._loading.pop(digest, None)
+        self._loader.drop(digest)
         resident = self._resident.get(digest)
         if resident and resident.num_users == 0:
             self._remove(resident)
@@ -138,23 +133,8 @@ class AdapterPool:
 
     def _admit(self, adapter: AdapterRef) -> Resident:
         """Take a blob that has been read into the arena, or have it read."""
-        loading = self._loading.get(adapter.digest)
-        if loading is None:
-            if len(self._loading) >= MAX_LOADING:
-                raise AdapterLoading
-            loading = self._loading[adapter.digest] = self._loader.submit(self._load, adapter)
-            loading.add_done_callback(lambda _: self._on_loaded())
-        if not loading.done():
-            raise AdapterLoading
-        try:
-            packed = loading.result()
+        with self._loader.loaded(adapter) as packed:
             offset = self._find_room(packed.numbers.numel())
-        except AdapterMemoryFull:
-            raise
-        except Exception as error:  # whatever a damaged blob raises belongs to its requests, not to the engine
-            del self._loading[adapter.digest]
-            raise AdapterUnusable(f"Adapter {adapter.label} cannot run here: {error}") from error
-        del self._loading[adapter.digest]
         return self._place(adapter.digest, packed, offset)
 
     def _load(self, adapter: AdapterRef) -> PackedAdapter:

@@ -18,21 +18,28 @@ def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
     return hashlib.blake2b(parent + array("q", token_ids).tobytes(), digest_size=16).digest()
 
 
+def hash_prefix(adapter_digest: str, num_blocks: int) -> list[bytes]:
+    """Keys of the blocks of an adapter's prefix: its virtual tokens have no ids, so that their place alone tells."""
+    keys = [hash_root(adapter_digest)]
+    for _ in range(num_blocks):
+        keys.append(hash_block(keys[-1], ()))
+    return keys[1:]
+
+
 def hash_root(adapter_digest: str | None) -> bytes:
     """The parent of a sequence's first block."""
     return hashlib.blake2b((adapter_digest or "").encode(), digest_size=16, person=b"onebase prefix").digest()
 
 
 class BlockPool:
-    """A fixed number of blocks, each free, held by sequences, or free but remembered for its contents.
+    """A fixed number of blocks, each free, held by sequences and prefixes, or free but remembered for its contents.
 
     Free blocks are taken in LRU order, so that remembered contents survive as long as there is room.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, prefix_cache: bool = True) -> None:
+    def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.prefix_cache = prefix_cache
         self.num_touched = 0
         """Blocks that have been held at least once; the others' memory was never written."""
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
@@ -50,7 +57,7 @@ class BlockPool:
 
     @property
     def num_used(self) -> int:
-        """Blocks that sequences hold."""
+        """Blocks that are held."""
         return self.num_blocks - len(self._free)
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -90,8 +97,8 @@ class BlockPool:
         return blocks
 
     def remember(self, block: int, key: bytes) -> None:
-        """A held block is full and computed: let later prompts find it. The first block with a key stays its block."""
-        if self.prefix_cache and self._hash_of_block[block] is None and key not in self._block_of_hash:
+        """A held block is computed: let later prompts find it. The first block with a key stays its block."""
+        if self._hash_of_block[block] is None and key not in self._block_of_hash:
             self._hash_of_block[block] = key
             self._block_of_hash[key] = block
 

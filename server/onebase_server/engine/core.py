@@ -8,6 +8,8 @@ from typing import assert_never
 from onebase_server.engine.adapter_pool import AdapterPool
 from onebase_server.engine.block_pool import BlockPool
 from onebase_server.engine.memory import MemoryMeter
+from onebase_server.engine.prefix_pool import PrefixPool
+from onebase_server.engine.prefix_writer import PrefixWriter
 from onebase_server.engine.request import (
     Abort,
     AdapterRef,
@@ -20,6 +22,7 @@ from onebase_server.engine.request import (
     Submit,
     ToEngine,
 )
+from onebase_server.engine.resident_adapters import ResidentAdapters
 from onebase_server.engine.runner import Runner
 from onebase_server.engine.scheduler import AdapterLoading, AdapterMemoryFull, AdapterUnusable, Scheduler
 from onebase_server.engine.sequence import Sequence
@@ -52,20 +55,24 @@ class Engine:
         if num_blocks == 0:
             raise ConfigurationError("The KV cache memory does not hold a single block; raise --kv-cache-memory.")
         self.decoder = decoder
-        self.block_pool = BlockPool(num_blocks, settings.block_size, prefix_cache=settings.prefix_cache)
+        self.block_pool = BlockPool(num_blocks, settings.block_size)
         self.adapter_pool = AdapterPool(
             decoder.config, settings.adapter_memory, decoder.dtype, decoder.device, on_loaded=on_loaded
         )
         self.max_model_len = min(decoder.max_model_len, num_blocks * settings.block_size)
+        kv_cache = allocate_kv_cache(decoder.config, num_blocks, settings.block_size, decoder.dtype, decoder.device)
+        self.runner = Runner(decoder, kv_cache, self.adapter_pool, settings.max_num_batched_tokens)
+        prefix_writer = PrefixWriter(decoder, kv_cache, settings.max_num_batched_tokens)
+        self.prefix_pool = PrefixPool(self.block_pool, prefix_writer, self.max_model_len, on_loaded=on_loaded)
+        self.adapters = ResidentAdapters(self.adapter_pool, self.prefix_pool)
         self.scheduler = Scheduler(
             self.block_pool,
-            self.adapter_pool,
+            self.adapters,
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_model_len=self.max_model_len,
+            prefix_cache=settings.prefix_cache,
         )
-        kv_cache = allocate_kv_cache(decoder.config, num_blocks, settings.block_size, decoder.dtype, decoder.device)
-        self.runner = Runner(decoder, kv_cache, self.adapter_pool, settings.max_num_batched_tokens)
         self._memory = MemoryMeter(decoder, self.block_pool, self.adapter_pool, self.runner)
         self._attaching: dict[str, PendingAttach] = {}
 
@@ -82,10 +89,10 @@ class Engine:
             case Abort():
                 self.scheduler.abort(message.request_id)
             case Attach():
-                self.adapter_pool.revive(message.adapter.digest)
+                self.adapters.revive(message.adapter.digest)
                 self._attaching[message.adapter.digest] = PendingAttach(message.adapter)
             case Retire():
-                self.adapter_pool.retire(message.digest)
+                self.adapters.retire(message.digest)
             case _:
                 assert_never(message)
 
@@ -99,7 +106,7 @@ class Engine:
         """One step: schedule, execute, update."""
         started = time.perf_counter()
         batch = self.scheduler.schedule()
-        size = (batch.num_tokens, len(batch.scheduled), batch.num_adapters)  # now: who ends gives its slot back
+        size = (batch.num_tokens, len(batch.scheduled), batch.num_adapters)
         outputs = self.scheduler.update(batch, self.runner.execute(batch))
         return StepOutputs(outputs=tuple(outputs), stats=self.stats(size, time.perf_counter() - started))
 
@@ -114,12 +121,12 @@ class Engine:
         digest = pending.adapter.digest
         error = None
         try:
-            self.adapter_pool.acquire(pending.adapter)
-            self.adapter_pool.release(digest)
+            self.adapters.acquire(pending.adapter)
+            self.adapters.release(pending.adapter)
         except AdapterLoading:
             return None
         except AdapterMemoryFull:  # it will be attached by its first request, when there is room
-            self.adapter_pool.withdraw(digest)
+            self.adapters.withdraw(pending.adapter)
         except AdapterUnusable as unusable:
             error = str(unusable)
         return Attached(digest=digest, seconds=time.perf_counter() - pending.since, error=error)
@@ -140,8 +147,8 @@ class Engine:
             prefix_cache_hits=scheduler.prefix_cache_hits,
             adapter_bytes_used=adapters.bytes_used,
             adapter_bytes_total=adapters.bytes_total,
-            adapters_resident=adapters.num_resident,
-            adapter_attaches=adapters.num_attaches,
+            adapters_resident=adapters.num_resident + self.prefix_pool.num_in_use,
+            adapter_attaches=adapters.num_attaches + self.prefix_pool.num_attaches,
             adapter_evictions=adapters.num_evictions,
             preemptions=scheduler.num_preemptions,
             step_seconds=seconds,

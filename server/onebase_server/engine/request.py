@@ -19,6 +19,8 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     """Where the blob lies on this machine."""
     label: str
     """`name@version`, for messages and logs."""
+    num_virtual_tokens: int = 0
+    """How many positions of the context its prefix takes, before the prompt."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):

@@ -41,7 +41,7 @@ class Runner:
         if not batch:
             return []
         inputs = StepInputs(
-            token_ids=self._tensor([t for e in batch.scheduled for t in e.sequence.token_ids[e.start : e.stop]]),
+            token_ids=self._tensor([t for e in batch.scheduled for t in e.sequence.tokens_at(e.start, e.stop)]),
             positions=self._tensor([position for e in batch.scheduled for position in range(e.start, e.stop)]),
             attention=self._attention(batch),
             lora=self._lora(batch),
@@ -115,7 +115,8 @@ class Runner:
         sequence = entry.sequence
         if not sequence.wants_prompt_logprobs:
             return ()
-        targets = sequence.token_ids[entry.start + 1 : min(entry.stop + 1, sequence.num_prompt_tokens)]
+        prompt_end = sequence.num_virtual_tokens + sequence.num_prompt_tokens
+        targets = sequence.tokens_at(entry.start + 1, min(entry.stop + 1, prompt_end))
         if not targets:
             return ()
         logits = self.decoder.compute_logits(hidden[: len(targets)])

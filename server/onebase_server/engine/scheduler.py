@@ -39,13 +39,22 @@ class Adapters(Protocol):
     """What the scheduler asks of adapter memory."""
 
     def acquire(self, adapter: AdapterRef) -> int:
-        """Pin the adapter and return its slot; raises AdapterLoading, AdapterMemoryFull or AdapterUnusable."""
+        """Pin the adapter and return its slot; NO_SLOT for a prefix, behind which rows are the base's.
 
-    def release(self, digest: str) -> None:
+        Raises AdapterLoading, AdapterMemoryFull or AdapterUnusable.
+        """
+
+    def release(self, adapter: AdapterRef) -> None:
         """Undo one `acquire`."""
 
-    def withdraw(self, digest: str) -> None:
+    def withdraw(self, adapter: AdapterRef) -> None:
         """A sequence that could not acquire the adapter yet is gone."""
+
+    def prefix_blocks(self, adapter: AdapterRef) -> list[int]:
+        """The blocks that hold a pinned adapter's virtual tokens, in order; none if it has none."""
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy keys and values: of the last block of a prefix, which it does not fill, to a sequence's own block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +90,7 @@ class Batch:
     @property
     def num_adapters(self) -> int:
         """Different adapters in the step."""
-        return len({entry.sequence.slot for entry in self.scheduled} - {NO_SLOT})
+        return len({entry.sequence.adapter_digest for entry in self.scheduled} - {None})
 
     def __bool__(self) -> bool:
         return bool(self.scheduled)
@@ -109,6 +118,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        prefix_cache: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.block_pool = block_pool
@@ -116,6 +126,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
+        self.prefix_cache = prefix_cache
         self.clock = clock
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -135,7 +146,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; one that can never fit ends at once with an error."""
-        capacity = min(self.max_model_len, self.block_pool.num_blocks * self.block_pool.block_size)
+        capacity = self._capacity(sequence) - sequence.num_virtual_tokens
         if not 0 < sequence.num_prompt_tokens <= capacity:
             self._fail(sequence, f"The prompt has {sequence.num_prompt_tokens} tokens; 1 to {capacity} fit.")
             return
@@ -147,7 +158,7 @@ class Scheduler:
             if sequence.request_id == request_id:
                 self.waiting.remove(sequence)
                 if sequence.adapter:
-                    self.adapters.withdraw(sequence.adapter.digest)
+                    self.adapters.withdraw(sequence.adapter)
                 return
         for sequence in self.running:
             if sequence.request_id == request_id:
@@ -182,6 +193,11 @@ class Scheduler:
         failed, self._failed = self._failed, []
         return failed + [output for output in outputs if output is not None]
 
+    def _capacity(self, sequence: Sequence) -> int:
+        """The most positions that a sequence can ever have."""
+        blocks = self.block_pool.num_blocks - self._num_prefix_ends(sequence)
+        return min(self.max_model_len, blocks * self.block_pool.block_size)
+
     # Admission.
 
     def _admit(self, budget: int) -> list[ScheduledSequence]:
@@ -190,8 +206,7 @@ class Scheduler:
         passed: list[Sequence] = []
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             sequence = self.waiting.popleft()
-            shared = self._shareable_blocks(sequence)
-            if self._missing_blocks(sequence, shared) > self.block_pool.num_free_without(shared):
+            if not self._has_room(sequence):
                 self.waiting.appendleft(sequence)
                 break
             try:
@@ -207,7 +222,7 @@ class Scheduler:
             except AdapterUnusable as error:
                 self._fail(sequence, str(error))
                 continue
-            self._take_blocks(sequence, shared, budget)
+            self._take_blocks(sequence, budget)
             for earlier in passed:
                 earlier.times_passed += 1
             num_tokens = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
@@ -218,35 +233,49 @@ class Scheduler:
         return admitted
 
     def _shareable_blocks(self, sequence: Sequence) -> list[int]:
-        """What the prefix cache has of a sequence; nothing where every position needs logits."""
-        return [] if sequence.wants_prompt_logprobs else self.block_pool.match(self._reusable_hashes(sequence))
+        """The blocks that a sequence need not compute: those that its prefix fills, and what the prefix cache has.
 
-    def _missing_blocks(self, sequence: Sequence, shared: list[int]) -> int:
-        """How many blocks the whole of what is known needs besides the shared ones."""
-        return self.block_pool.blocks_for(sequence.num_tokens) - len(shared)
+        The last known token is never among them, for it must be computed to predict the next; where every position
+        needs logits, no token is.
+        """
+        reuses_tokens = self.prefix_cache and not sequence.wants_prompt_logprobs
+        num_reusable = sequence.num_tokens - 1 if reuses_tokens else sequence.num_virtual_tokens
+        return self.block_pool.match(self._hashes(sequence, num_reusable // self.block_pool.block_size))
 
-    def _take_blocks(self, sequence: Sequence, shared: list[int], budget: int) -> None:
-        """Share what the prefix cache has and allocate the first chunk; there is room for the whole."""
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether there are blocks for the whole of what is known, and for its prefix if that is not there yet."""
+        shared = self._shareable_blocks(sequence)
+        needed = self.block_pool.blocks_for(sequence.num_tokens) + self._num_prefix_ends(sequence)
+        return needed - len(shared) <= self.block_pool.num_free_without(shared)
+
+    def _num_prefix_ends(self, sequence: Sequence) -> int:
+        """1 where the prefix's last block is not full: sequences have copies of it, so it is needed once more."""
+        return int(sequence.num_virtual_tokens % self.block_pool.block_size > 0)
+
+    def _take_blocks(self, sequence: Sequence, budget: int) -> None:
+        """Share what need not be computed and allocate the first chunk; there is room for the whole."""
         pool = self.block_pool
-        num_cached = len(shared) * pool.block_size
+        prefix = self._prefix_blocks(sequence)
+        num_filled = sequence.num_virtual_tokens // pool.block_size
+        shared = prefix[:num_filled] + self._shareable_blocks(sequence)[num_filled:]
+        num_cached = max(len(shared) * pool.block_size, sequence.num_virtual_tokens)
         pool.share(shared)
         chunk_end = min(sequence.num_tokens, num_cached + budget)
         fresh = pool.allocate(pool.blocks_for(chunk_end) - len(shared))
-        assert fresh is not None, "the check above counted these blocks"
+        assert fresh is not None, "`_has_room` counted these blocks"
+        if num_cached > len(shared) * pool.block_size:
+            self.adapters.copy_block(prefix[-1], fresh[0])
         sequence.block_table = shared + fresh
         sequence.num_computed_tokens = num_cached
         sequence.num_remembered_blocks = len(shared)
-        self.prefix_cache_queries += sequence.num_tokens
-        self.prefix_cache_hits += num_cached
+        self.prefix_cache_queries += len(sequence.token_ids)
+        self.prefix_cache_hits += num_cached - sequence.num_virtual_tokens
         if sequence.first_scheduled is None:
             sequence.first_scheduled = self.clock()
-            sequence.num_cached_tokens = num_cached
+            sequence.num_cached_tokens = num_cached - sequence.num_virtual_tokens
 
-    def _reusable_hashes(self, sequence: Sequence) -> list[bytes]:
-        """Hashes of the full blocks before the last known token, which must be computed to predict the next."""
-        if not self.block_pool.prefix_cache:
-            return []
-        return self._hashes(sequence, (sequence.num_tokens - 1) // self.block_pool.block_size)
+    def _prefix_blocks(self, sequence: Sequence) -> list[int]:
+        return self.adapters.prefix_blocks(sequence.adapter) if sequence.adapter else []
 
     def _hashes(self, sequence: Sequence, count: int) -> list[bytes]:
         """The first `count` block hashes, computing those that are new."""
@@ -254,7 +283,7 @@ class Scheduler:
         while len(hashes) < count:
             start = len(hashes) * size
             parent = hashes[-1] if hashes else hash_root(sequence.adapter_digest)
-            hashes.append(hash_block(parent, sequence.token_ids[start : start + size]))
+            hashes.append(hash_block(parent, sequence.tokens_at(start, start + size)))
         return hashes[:count]
 
     # Memory of running sequences.
@@ -310,7 +339,7 @@ class Scheduler:
     def _remember_blocks(self, sequence: Sequence) -> None:
         """Offer the blocks that this step filled to the prefix cache."""
         full = sequence.num_computed_tokens // self.block_pool.block_size
-        if full == sequence.num_remembered_blocks or not self.block_pool.prefix_cache:
+        if full == sequence.num_remembered_blocks or not self.prefix_cache:
             return
         hashes = self._hashes(sequence, full)
         for index in range(sequence.num_remembered_blocks, full):
@@ -320,9 +349,8 @@ class Scheduler:
     def _finish_reason(self, sequence: Sequence, token_id: int | None) -> str | None:
         if token_id in sequence.sampling.stop_token_ids:
             return "stop"
-        if sequence.num_output_tokens >= sequence.sampling.max_tokens or sequence.num_tokens >= self.max_model_len:
-            return "length"
-        return None
+        is_full = sequence.num_tokens >= self._capacity(sequence)
+        return "length" if is_full or sequence.num_output_tokens >= sequence.sampling.max_tokens else None
 
     def _fail(self, sequence: Sequence, error: str) -> None:
         """End a sequence that is in no list; told with the next update."""
@@ -333,17 +361,14 @@ class Scheduler:
         self.running.remove(sequence)
         self.block_pool.release(sequence.block_table)
         sequence.block_table = []
-        self._release_adapter(sequence)
-        self._prompt_logprobs.pop(sequence, None)
-
-    def _release_adapter(self, sequence: Sequence) -> None:
-        if sequence.adapter and sequence.slot != NO_SLOT:
-            self.adapters.release(sequence.adapter.digest)
+        if sequence.adapter:
+            self.adapters.release(sequence.adapter)
         sequence.slot = NO_SLOT
+        self._prompt_logprobs.pop(sequence, None)
 
     def check(self) -> None:
         """Raise AssertionError unless sequences and blocks agree."""
         self.block_pool.check()
-        held = {block for sequence in self.running for block in sequence.block_table}
-        assert len(held) == self.block_pool.num_used, f"{self!r}: sequences hold {len(held)} blocks"
+        held = {block for s in self.running for block in (*s.block_table, *self._prefix_blocks(s))}
+        assert len(held) == self.block_pool.num_used, f"{self!r}: sequences and prefixes hold {len(held)} blocks"
         assert not any(sequence.block_table for sequence in self.waiting), "a waiting sequence holds blocks"

@@ -28,10 +28,12 @@ class Sequence:
     adapter: AdapterRef | None
     arrival: float
     """Monotonic seconds."""
+    num_virtual_tokens: int = 0
+    """How many positions the adapter's prefix takes, before those of `token_ids`."""
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
-    """Prefix-cache keys of the full blocks of `token_ids`, as far as they were needed."""
+    """Prefix-cache keys of the full blocks, as far as they were needed."""
     num_remembered_blocks: int = 0
     """How many blocks of `block_table` the prefix cache has been offered."""
     slot: int = NO_SLOT
@@ -54,12 +56,18 @@ class Sequence:
             seed=secrets.randbits(63) if seed is None else seed,
             adapter=message.adapter,
             arrival=arrival,
+            num_virtual_tokens=message.adapter.num_virtual_tokens if message.adapter else 0,
         )
 
     @property
     def num_tokens(self) -> int:
-        """Tokens known: prompt and answer so far."""
-        return len(self.token_ids)
+        """Positions known: the adapter's virtual tokens, prompt and answer so far."""
+        return self.num_virtual_tokens + len(self.token_ids)
+
+    def tokens_at(self, start: int, stop: int) -> list[int]:
+        """The token ids at positions `start … stop - 1`; virtual tokens have none."""
+        first = self.num_virtual_tokens
+        return self.token_ids[max(0, start - first) : max(0, stop - first)]
 
     @property
     def num_output_tokens(self) -> int:

@@ -39,15 +39,17 @@ class Decoder:
         return self.weights.report().total_bytes
 
     @torch.inference_mode()
-    def forward(self, inputs: StepInputs, kv_cache: KvCache) -> Tensor:
+    def forward(self, inputs: StepInputs, kv_cache: KvCache, *, embedding: Tensor | None = None) -> Tensor:
         """Hidden states [T, hidden] after the last norm, of the step's tokens [T]; their KV is written.
 
         Positions must be below `max_model_len`; tokens of a request must be consecutive. Nothing but ops computes here,
         so that a back end can record the whole (`onebase_kernels.record`).
+
+        `embedding` [rows, hidden] is what token ids index instead of the vocabulary: vectors that are no token's.
         """
         eps = self.config.rms_norm_eps
         layers = self.weights.layers
-        hidden = kernels.embed(inputs.token_ids, self.weights.embedding)
+        hidden = kernels.embed(inputs.token_ids, self.weights.embedding if embedding is None else embedding)
         normed = kernels.rms_norm(hidden, layers[0].input_norm, eps)
         for index, layer in enumerate(layers):
             attended = self._attend(normed, index, inputs, kv_cache)

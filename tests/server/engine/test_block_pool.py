@@ -69,13 +69,6 @@ def test_a_block_is_shared_with_nothing_but_the_same_adapter_and_tokens(other: l
     assert pool.match(other) == []
 
 
-def test_without_prefix_cache_nothing_is_remembered() -> None:
-    pool = BlockPool(num_blocks=2, block_size=1, prefix_cache=False)
-    blocks = pool.allocate(1) or []
-    pool.remember(blocks[0], hashes_of([1], 1)[0])
-    assert pool.match(hashes_of([1], 1)) == []
-
-
 @given(st.lists(st.tuples(st.sampled_from(["take", "release"]), st.integers(0, 5)), max_size=60))
 def test_blocks_are_neither_lost_nor_held_twice(moves: list[tuple[str, int]]) -> None:
     pool = BlockPool(num_blocks=8, block_size=2)

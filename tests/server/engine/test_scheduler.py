@@ -39,13 +39,19 @@ class Shelf:
         self.users[adapter.digest] = self.users.get(adapter.digest, 0) + 1
         return sorted(self.users).index(adapter.digest)
 
-    def release(self, digest: str) -> None:
-        self.users[digest] -= 1
-        if not self.users[digest]:
-            del self.users[digest]
+    def release(self, adapter: AdapterRef) -> None:
+        self.users[adapter.digest] -= 1
+        if not self.users[adapter.digest]:
+            del self.users[adapter.digest]
 
-    def withdraw(self, digest: str) -> None:
-        self.asked.discard(digest)
+    def withdraw(self, adapter: AdapterRef) -> None:
+        self.asked.discard(adapter.digest)
+
+    def prefix_blocks(self, adapter: AdapterRef) -> list[int]:
+        return []
+
+    def copy_block(self, source: int, target: int) -> None:
+        raise AssertionError("no adapter here is a prefix")
 
 
 def make_scheduler(**overrides: int) -> Scheduler:
@@ -57,6 +63,7 @@ def make_scheduler(**overrides: int) -> Scheduler:
         max_num_seqs=options["max_num_seqs"],
         max_num_batched_tokens=options["max_num_batched_tokens"],
         max_model_len=options.get("max_model_len", 64),
+        prefix_cache=bool(options.get("prefix_cache", True)),
     )
 
 
@@ -125,6 +132,13 @@ def test_a_fully_cached_prompt_still_computes_its_last_token() -> None:
         computed, outputs = step(scheduler)
     assert computed == {"again": (4, 8)}
     assert outputs[0].num_cached_tokens == 4
+
+
+def test_without_prefix_cache_every_prompt_is_computed() -> None:
+    scheduler = make_scheduler(prefix_cache=False)
+    for name in ("first", "again"):
+        add(scheduler, name, list(range(1, 9)), max_tokens=1)
+        assert step(scheduler)[0] == {name: (0, 8)}
 
 
 def test_adapters_do_not_share_prefixes() -> None:

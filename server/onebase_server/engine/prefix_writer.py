@@ -1,0 +1,94 @@
+"""Prefixes meet tensors here: their rows become keys and values in blocks of the KV cache.
+
+It decides nothing: which blocks is `prefix_pool`'s choice. All calls but `read` come between two steps.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import onebase_kernels as kernels
+from onebase_adapters.adapter import PrefixKV, StoreError
+from onebase_adapters.blobs import read_blob
+from onebase_kernels import AttentionBatch, LoraBatch, StepInputs
+from onebase_server.engine.request import AdapterRef
+from onebase_server.model.decoder import Decoder
+from onebase_server.model.kv_cache import KvCache
+
+
+@dataclass(frozen=True, slots=True)
+class HostPrefix:
+    """A prefix on the host, in the compute dtype."""
+
+    rows: Tensor
+    """As in `onebase_adapters.adapter.Prefix`."""
+    is_kv: bool
+    """Whether the rows are keys and values; else they are embeddings."""
+
+
+class PrefixWriter:
+    """Writes prefixes for one decoder into one KV cache."""
+
+    def __init__(self, decoder: Decoder, kv_cache: KvCache, max_num_tokens: int) -> None:
+        """`max_num_tokens` are the most that the decoder computes at a time."""
+        self._decoder = decoder
+        self._kv_cache = kv_cache
+        self._max_num_tokens = max_num_tokens
+
+    def read(self, adapter: AdapterRef) -> HostPrefix:
+        """Read an adapter's blob; raises StoreError."""
+        prefix = read_blob(Path(adapter.path)).prefix
+        if prefix is None or prefix.num_tokens != adapter.num_virtual_tokens:
+            raise StoreError(f"its blob is not a prefix of {adapter.num_virtual_tokens} virtual tokens.")
+        rows = torch.from_numpy(prefix.rows.astype(np.float32)).to(self._decoder.dtype)
+        return HostPrefix(rows, isinstance(prefix, PrefixKV))
+
+    @torch.inference_mode()
+    def write(self, prefix: HostPrefix, blocks: list[int]) -> None:
+        """Write the keys and values of all virtual tokens.
+
+        Those of prefix-tuning are what they are. Those of virtual tokens the base computes, once, from their
+        embeddings.
+        """
+        rows = prefix.rows.to(self._decoder.device)
+        if prefix.is_kv:
+            self._write_kv(rows, self._attention(0, rows.shape[0], blocks))
+        else:
+            for start in range(0, rows.shape[0], self._max_num_tokens):
+                chunk = rows[start : start + self._max_num_tokens]
+                self._prefill(chunk, start, self._attention(start, start + chunk.shape[0], blocks))
+
+    @torch.inference_mode()
+    def copy(self, source: int, target: int) -> None:
+        """Copy a block in all layers."""
+        for cache in (*self._kv_cache.keys, *self._kv_cache.values):
+            cache[target] = cache[source]
+
+    def _write_kv(self, rows: Tensor, attention: AttentionBatch) -> None:
+        """Rows [tokens, layers, 2, kv width] as they are: heads lie one after another in a row."""
+        config = self._decoder.config
+        k, v = rows.view(*rows.shape[:3], config.num_kv_heads, config.head_dim).unbind(2)
+        for layer in range(config.num_layers):
+            k_cache, v_cache = self._kv_cache.keys[layer], self._kv_cache.values[layer]
+            kernels.write_kv_(k[:, layer].contiguous(), v[:, layer].contiguous(), k_cache, v_cache, attention)
+
+    def _prefill(self, rows: Tensor, start: int, attention: AttentionBatch) -> None:
+        """Rows [tokens, hidden] in place of embeddings, from position `start` on, through the base alone."""
+        places = torch.arange(rows.shape[0], device=rows.device)
+        nobody = LoraBatch(arena=rows.new_empty(0), table=places.new_empty(0, 0, kernels.TABLE_COLUMNS), segments=())
+        self._decoder.forward(StepInputs(places, start + places, attention, nobody), self._kv_cache, embedding=rows)
+
+    def _attention(self, start: int, stop: int, blocks: list[int]) -> AttentionBatch:
+        """One sequence, whose tokens `start … stop - 1` are computed."""
+        device, size = self._decoder.device, self._kv_cache.block_size
+        block_table = torch.tensor(blocks, dtype=torch.int32, device=device)
+        positions = torch.arange(start, stop, device=device)
+        return AttentionBatch(
+            query_starts=(0, stop - start),
+            context_lens=(stop,),
+            block_tables=block_table.unsqueeze(0),
+            slot_mapping=block_table[positions // size].to(torch.int64) * size + positions % size,
+        )
