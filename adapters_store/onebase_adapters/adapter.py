@@ -121,8 +121,9 @@ class BaseLayout:
     num_layers: int
     shapes: Mapping[str, tuple[int, int]]
     """(out_features, in_features) of each projection, alike in every layer: `{"q_proj": (576, 576), …}`."""
-    num_kv_heads: int | None = None
-    """How many heads K and V have; None if a store's catalogue is from before it was asked."""
+    num_kv_heads: int | None = field(default=None, compare=False)
+    """How many heads K and V have; None, which is no difference, where a store's catalogue is from before it was asked.
+    """
     fused: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: MappingProxyType(
             {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

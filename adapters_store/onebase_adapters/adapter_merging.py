@@ -82,11 +82,15 @@ def merge_adapters(
     """Merge two or more adapters of one base.
 
     Raises:
-        InvalidMerge: there are fewer than two, a weight is not finite, or the ranks of a linear differ where the
-            method merges A with A and B with B.
+        InvalidMerge: there are fewer than two, one is no LoRA, a weight is not finite, or the ranks of a linear differ
+            where the method merges A with A and B with B.
     """
     if len(sources) < 2:
         raise InvalidMerge("A merge takes two adapters or more.")
+    if any(source.adapter.prefix for source in sources):
+        raise InvalidMerge(
+            "Virtual tokens (prefix-tuning, prompt tuning and their kin) cannot be merged; only LoRA can."
+        )
     if not all(np.isfinite(source.weight) for source in sources):
         raise InvalidMerge("The weights of a merge are finite numbers.")
     rank = recipe.rank or max(source.adapter.rank for source in sources)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from .adapter import Adapter, LowRankPair, ModuleKey
+from .adapter import Adapter, Array, LowRankPair, ModuleKey, Prefix, PrefixKV
 from .peft_config import CONFIG_FILE
 from .peft_format import WEIGHTS_FILE
 
@@ -20,17 +20,35 @@ def write_peft(adapter: Adapter, directory: Path, *, base_name: str) -> None:
 
     `parse` makes the same adapter of them, and PEFT loads them as they are.
     """
-    pairs = {_module_name(key): pair for key, pair in adapter.pairs.items()}
+    if adapter.prefix is not None:
+        config, tensors = _prefix_config(adapter.prefix), _prefix_tensors(adapter.prefix)
+    else:
+        pairs = {_module_name(key): pair for key, pair in adapter.pairs.items()}
+        config, tensors = _lora_config(pairs), _lora_tensors(pairs)
+    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    config |= {"base_model_name_or_path": base_name, "task_type": "CAUSAL_LM", "inference_mode": True}
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _prefix_tensors(prefix: Prefix) -> dict[str, Array]:
+    return {"prompt_embeddings": np.ascontiguousarray(prefix.rows).reshape(prefix.num_tokens, -1)}
+
+
+def _prefix_config(prefix: Prefix) -> dict[str, object]:
+    """Of the plain kind, whatever it was trained as; PEFT fills in the base's sizes."""
+    peft_type = "PREFIX_TUNING" if isinstance(prefix, PrefixKV) else "PROMPT_TUNING"
+    return {"peft_type": peft_type, "num_virtual_tokens": prefix.num_tokens}
+
+
+def _lora_tensors(pairs: Mapping[str, LowRankPair]) -> dict[str, Array]:
     tensors = {}
     for module, pair in pairs.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(pair.lora_a)
         tensors[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(pair.lora_b)
-    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
-    config = _config(pairs) | {"base_model_name_or_path": base_name, "target_modules": list(pairs)}
-    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return tensors
 
 
-def _config(pairs: Mapping[str, LowRankPair]) -> dict[str, object]:
+def _lora_config(pairs: Mapping[str, LowRankPair]) -> dict[str, object]:
     """The commonest rank and alpha for all, a pattern for each module that has others."""
     ranks = {module: pair.rank for module, pair in pairs.items()}
     alphas = {module: pair.scale * pair.rank for module, pair in pairs.items()}
@@ -38,13 +56,12 @@ def _config(pairs: Mapping[str, LowRankPair]) -> dict[str, object]:
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {module: value for module, value in ranks.items() if value != rank},
         "alpha_pattern": {module: value for module, value in alphas.items() if value != alpha},
         "bias": "none",
-        "inference_mode": True,
+        "target_modules": list(pairs),
     }
 
 

@@ -8,7 +8,7 @@ import pytest
 from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from onebase_adapters.adapter import Adapter, LowRankPair, ModuleKey
+from onebase_adapters.adapter import Adapter, LowRankPair, ModuleKey, PrefixKV, VirtualTokens
 from onebase_adapters.peft_format import parse
 from onebase_adapters.peft_writer import write_peft
 
@@ -51,10 +51,11 @@ def test_an_adapter_survives_being_written_and_read(adapter, directory):
         np.testing.assert_array_equal(read.pairs[key].lora_b, expected.lora_b)
 
 
-def test_peft_loads_it(adapter, directory, recwarn):
-    base = LlamaForCausalLM(
+@pytest.fixture
+def base() -> LlamaForCausalLM:
+    return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=32,
+            vocab_size=64,
             hidden_size=32,
             intermediate_size=48,
             num_hidden_layers=LAYOUT.num_layers,
@@ -62,6 +63,9 @@ def test_peft_loads_it(adapter, directory, recwarn):
             num_key_value_heads=2,
         )
     )
+
+
+def test_peft_loads_it(adapter, directory, base, recwarn):
     model = PeftModel.from_pretrained(base, directory)
     assert not [warning for warning in recwarn if "adapter keys" in str(warning.message)]
     for key, expected in adapter.pairs.items():
@@ -69,3 +73,19 @@ def test_peft_loads_it(adapter, directory, recwarn):
         module = model.get_submodule(f"base_model.model.model.layers.{key.layer}.{parent}.{key.projection}")
         ours = expected.scale * expected.lora_b.astype(np.float32) @ expected.lora_a.astype(np.float32)
         np.testing.assert_allclose(module.get_delta_weight("default").detach(), ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [PrefixKV, VirtualTokens])
+def test_virtual_tokens_survive_too_and_peft_loads_them(kind, base, tmp_path):
+    shape = (5, LAYOUT.num_layers, 2, 16) if kind is PrefixKV else (5, 32)
+    prefix = kind(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
+    write_peft(Adapter({}, prefix), tmp_path, base_name="tiny")
+    read = parse(tmp_path, LAYOUT, max_rank=8).prefix
+    assert type(read) is kind
+    np.testing.assert_array_equal(read.rows, prefix.rows)
+    prompt = PeftModel.from_pretrained(base, tmp_path).get_prompt(batch_size=1)
+    if kind is VirtualTokens:
+        np.testing.assert_array_equal(prompt[0].detach(), prefix.rows)
+    else:  # [batch, heads, tokens, head size]
+        keys = prompt.layers[1].keys[0].transpose(0, 1).flatten(1)
+        np.testing.assert_array_equal(keys.detach(), prefix.rows[:, 1, 0])

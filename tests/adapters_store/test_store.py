@@ -334,7 +334,6 @@ def test_a_layout_survives_the_catalogue(tmp_path):
 
 def test_a_store_from_before_there_were_prefixes_is_brought_up_to_date(open_store, write_peft, write_prefix):
     store = open_store()
-    store_layout = store.layout
     store.publish("pirate", write_peft())
     store.close()
     with closing(sqlite3.connect(store.root / "catalogue.sqlite3")) as database:
@@ -344,6 +343,6 @@ def test_a_store_from_before_there_were_prefixes_is_brought_up_to_date(open_stor
         database.commit()
     assert AdapterStore.open(store.root).layout.num_kv_heads is None
     reopened = open_store()
-    assert reopened.layout == store_layout
+    assert reopened.layout.num_kv_heads == 2
     assert reopened.resolve("pirate").num_virtual_tokens == 0
     assert reopened.publish("prefixed", write_prefix()).num_virtual_tokens == 5

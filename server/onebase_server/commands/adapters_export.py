@@ -51,6 +51,10 @@ def export(
         base_name, layout = opened.base_name, opened.layout
         if not merged:
             _export_peft(adapter, output, base_name)
+        elif adapter.prefix is not None:
+            raise ConfigurationError(
+                f"{name} is virtual tokens, not an update of weights: it cannot be merged into them."
+            )
         elif base is None:
             raise ConfigurationError(f"--merged needs the base to merge into: --base DIRECTORY of {base_name}.")
         elif ModelConfig.from_directory(base).adapter_layout() != layout:

@@ -50,3 +50,17 @@ def test_an_export_that_cannot_be_is_one_sentence(onebase, base, adapter, tmp_pa
     refused = onebase("export", "pirate", tmp_path / "out", "--merged", "--base", base, exit_code=1)
     assert "another model" in refused.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_virtual_tokens_are_listed_and_written_but_merged_into_no_weights(onebase, base, tmp_path):
+    directory = tmp_path / "prefix"
+    directory.mkdir()
+    (directory / "adapter_config.json").write_text('{"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 5}')
+    rows = np.ones((5, 2 * 2 * 16), np.float32)
+    save_file({"prompt_embeddings": rows}, directory / "adapter_model.safetensors")
+    assert "5 virtual tokens" in onebase("publish", "prefixed", directory, "--base", base).stdout
+    onebase("export", "prefixed", tmp_path / "out")
+    np.testing.assert_array_equal(load_file(tmp_path / "out" / "adapter_model.safetensors")["prompt_embeddings"], rows)
+    refused = onebase("export", "prefixed", tmp_path / "merged", "--merged", "--base", base, exit_code=1)
+    assert "prefixed is virtual tokens" in refused.stderr
+    assert not (tmp_path / "merged").exists()
