@@ -79,18 +79,16 @@ class _WeightedPair(NamedTuple):
 def merge_adapters(
     sources: Sequence[WeightedAdapter], recipe: MergeRecipe, on_progress: OnProgress | None = None
 ) -> Adapter:
-    """Merge two or more adapters of one base.
+    """Merge adapters of one base; a single one is multiplied by its weight.
 
     Raises:
-        InvalidMerge: there are fewer than two, one is no LoRA, a weight is not finite, or the ranks of a linear differ
-            where the method merges A with A and B with B.
+        InvalidMerge: there is none, one is no LoRA, a weight is not finite, or the ranks of a linear differ where the
+            method merges A with A and B with B.
     """
-    if len(sources) < 2:
-        raise InvalidMerge("A merge takes two adapters or more.")
-    if any(source.adapter.prefix for source in sources):
-        raise InvalidMerge(
-            "Virtual tokens (prefix-tuning, prompt tuning and their kin) cannot be merged; only LoRA can."
-        )
+    if not sources:
+        raise InvalidMerge("A merge takes at least one adapter.")
+    for source in sources:
+        require_lora(source.adapter)
     if not all(np.isfinite(source.weight) for source in sources):
         raise InvalidMerge("The weights of a merge are finite numbers.")
     rank = recipe.rank or max(source.adapter.rank for source in sources)
@@ -102,6 +100,14 @@ def merge_adapters(
         if on_progress:
             on_progress(number, len(keys))
     return Adapter(pairs)
+
+
+def require_lora(adapter: Adapter) -> None:
+    """Raise InvalidMerge for an adapter that is not the sum of low-rank updates alone."""
+    if adapter.prefix:
+        raise InvalidMerge(
+            "Virtual tokens (prefix-tuning, prompt tuning and their kin) cannot be merged; only LoRA can."
+        )
 
 
 def _pairs_of(key: ModuleKey, sources: Sequence[WeightedAdapter]) -> list[_WeightedPair]:

@@ -6,7 +6,7 @@ registry of its own, so that two servers in one process (or two tests) never sha
 
 import time
 from collections import Counter as Tally
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 import msgspec
@@ -183,12 +183,14 @@ class Metrics:
         self.engine_restarts.inc()
         self._last = EngineStats()
 
-    def count_request(self, adapter: str | None, prompt_tokens: int, generated_tokens: int) -> None:
-        """Count a request that has ended; `adapter` is its name without a version, None the base alone."""
+    def count_request(self, adapters: Sequence[str], prompt_tokens: int, generated_tokens: int) -> None:
+        """Count a request that has ended, for each of its adapters too: their names without a version."""
         self.prompt_tokens.inc(prompt_tokens)
         self.generated_tokens.inc(generated_tokens)
-        if adapter is None:
-            return
+        for adapter in adapters:
+            self._count_for(adapter, prompt_tokens, generated_tokens)
+
+    def _count_for(self, adapter: str, prompt_tokens: int, generated_tokens: int) -> None:
         label, displaced = self._adapter_labels.count(adapter, 1 + prompt_tokens + generated_tokens)
         if displaced is not None:
             self._remove_series(displaced)

@@ -1,9 +1,9 @@
 """A small NF4 base as bitsandbytes quantises it, PEFT adapters on it, and a store that holds them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -22,9 +22,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from onebase_adapters.store import AdapterStore
-from onebase_kernels import use_backend
+from onebase_kernels import BackendName, use_backend
+from onebase_server.engine.core import Engine
 from onebase_server.engine.request import AdapterRef
 from onebase_server.model.config import ModelConfig
+from onebase_server.model.weights import load_decoder
+from onebase_server.settings import EngineSettings
 
 VOCAB = 256
 
@@ -54,6 +57,8 @@ PREFIXES: dict[str, PromptLearningConfig] = {
     "p-tuning": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=32),
 }
 """Adapters that are virtual tokens, as many as fill whole blocks of four or not."""
+
+MakeEngine = Callable[..., Engine]
 
 NEXT_RANK8 = "rank8-next"
 """Another adapter of rank8's kind: what a customer uploads as its next version."""
@@ -175,6 +180,23 @@ def _randomise(model: PeftModel) -> None:
 
 
 @pytest.fixture
+def make_engine(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeEngine:
+    """An engine on the small base in NF4 and fp32; keyword arguments are settings."""
+    cache_dir = tmp_path_factory.getbasetemp() / "cache"
+
+    def make(backend: BackendName | Literal["auto"] = "auto", **overrides: int) -> Engine:
+        use_backend(backend)
+        settings = EngineSettings.model_validate(
+            {"base": str(small_base), "cache_dir": cache_dir, "dtype": "float32", "device": "cpu", "block_size": 4}
+            | {"kv_cache_memory": "8MiB", "adapter_memory": "4MiB"}
+            | overrides
+        )
+        return Engine(load_decoder(small_base, settings), settings)
+
+    return make
+
+
+@pytest.fixture
 def store(small_base: Path, tmp_path: Path) -> Iterator[AdapterStore]:
     """An empty adapter store for the small base."""
     layout = ModelConfig.from_directory(small_base).adapter_layout()
@@ -192,7 +214,7 @@ def adapters(oracle: Oracle, store: AdapterStore) -> dict[str, AdapterRef]:
 def publish(store: AdapterStore, name: str, directory: Path) -> AdapterRef:
     """Publish a PEFT directory; how a request refers to the version that this made."""
     version = store.publish(name, directory)
-    return AdapterRef(
+    return AdapterRef.of_version(
         digest=version.digest,
         path=str(store.blob_path(version.digest)),
         label=version.label,

@@ -7,21 +7,17 @@ text; in one batch, in chunks, from the prefix cache, after preemption, and with
 import random
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
 
 from onebase_adapters.catalogue import AdapterVersion
 from onebase_adapters.store import AdapterStore
-from onebase_kernels import BackendName, use_backend
+from onebase_kernels import BackendName
 from onebase_server.engine.core import Engine
 from onebase_server.engine.request import AdapterRef, Attach, Retire, SamplingParams, Submit, TokenOutput
-from onebase_server.model.weights import load_decoder
-from onebase_server.settings import EngineSettings
 
-from .conftest import ADAPTERS, NEXT_RANK8, PREFIXES, VOCAB, Oracle, publish
+from .conftest import ADAPTERS, NEXT_RANK8, PREFIXES, VOCAB, MakeEngine, Oracle, publish
 
 ANSWER = 12
 ROWS: tuple[tuple[str, str | None], ...] = (
@@ -31,25 +27,6 @@ ROWS: tuple[tuple[str, str | None], ...] = (
     ("base-2", None),
 )
 """Two rows of the base among one of each low-rank adapter and two of each prefix."""
-
-MakeEngine = Callable[..., Engine]
-
-
-@pytest.fixture
-def make_engine(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeEngine:
-    """An engine on the small base in NF4 and fp32; keyword arguments are settings."""
-    cache_dir = tmp_path_factory.getbasetemp() / "cache"
-
-    def make(backend: BackendName | Literal["auto"] = "auto", **overrides: int) -> Engine:
-        use_backend(backend)
-        settings = EngineSettings.model_validate(
-            {"base": str(small_base), "cache_dir": cache_dir, "dtype": "float32", "device": "cpu", "block_size": 4}
-            | {"kv_cache_memory": "8MiB", "adapter_memory": "4MiB"}
-            | overrides
-        )
-        return Engine(load_decoder(small_base, settings), settings)
-
-    return make
 
 
 def prompt_of(row: str) -> list[int]:

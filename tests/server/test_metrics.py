@@ -59,16 +59,16 @@ def test_vllms_names_keep_their_colon(metrics):
 
 def test_adapters_beyond_the_limit_share_one_label(metrics):
     for adapter in ("one", "two", "three", "four"):
-        metrics.count_request(adapter, 10, 5)
+        metrics.count_request([adapter], 10, 5)
     assert value(metrics, "onebase_adapter_requests_total", adapter="one") == 1
     assert value(metrics, "onebase_adapter_generated_tokens_total", adapter=OTHER) == 10
     assert value(metrics, "onebase_adapter_requests_total", adapter="three") is None
 
 
 def test_an_adapter_that_grows_busier_takes_the_label_of_the_least_busy(metrics):
-    metrics.count_request("one", 10, 5)
-    metrics.count_request("two", 100, 5)
-    metrics.count_request("three", 50, 5)
+    metrics.count_request(["one"], 10, 5)
+    metrics.count_request(["two"], 100, 5)
+    metrics.count_request(["three"], 50, 5)
     assert value(metrics, "onebase_adapter_requests_total", adapter="three") == 1
     assert value(metrics, "onebase_adapter_requests_total", adapter="one") is None
 
@@ -81,16 +81,16 @@ def test_equally_busy_adapters_do_not_take_turns():
 
 def test_a_removed_adapter_leaves_its_label_to_others(metrics):
     for adapter in ("one", "two"):
-        metrics.count_request(adapter, 1, 1)
+        metrics.count_request([adapter], 1, 1)
     metrics.forget_adapter("one")
     metrics.forget_adapter("never seen")
-    metrics.count_request("three", 1, 1)
+    metrics.count_request(["three"], 1, 1)
     assert value(metrics, "onebase_adapter_requests_total", adapter="one") is None
     assert value(metrics, "onebase_adapter_requests_total", adapter="three") == 1
 
 
 def test_requests_for_the_base_alone_are_in_the_totals_only(metrics):
-    metrics.count_request(None, 7, 3)
+    metrics.count_request([], 7, 3)
     assert value(metrics, "onebase_prompt_tokens_total") == 7
     assert value(metrics, "onebase_generated_tokens_total") == 3
     assert b"onebase_adapter_requests_total{" not in metrics.render()

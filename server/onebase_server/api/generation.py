@@ -99,7 +99,7 @@ class Generation:
         self.holds.close()
         self.metrics.requests.labels(self._outcome).inc()
         self.metrics.request_latency.observe(time.perf_counter() - self._arrival)
-        self.metrics.count_request(self.job.selection.name, self.counts.prompt, self.counts.generated)
+        self.metrics.count_request(self.job.selection.names, self.counts.prompt, self.counts.generated)
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The sequences' pieces as they come; closing it early aborts what still runs.

@@ -1,14 +1,20 @@
 """What a request's `model` names: the base, or one version of an adapter, held for as long as the request runs."""
 
 import re
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from onebase_adapters.adapter import Adapter, AdapterNotFound, VersionNotFound
+from msgspec.structs import replace
+
+from onebase_adapters.adapter import Adapter, AdapterNotFound, InvalidMerge, VersionNotFound
+from onebase_adapters.adapter_merging import require_lora
+from onebase_adapters.blobs import read_blob
 from onebase_adapters.catalogue import AdapterVersion
 from onebase_adapters.store import AdapterStore
+from onebase_server.api.schemas import WeightedName
 from onebase_server.engine.request import AdapterRef, Ready
-from onebase_server.errors import AdapterDoesNotFit, ModelNotFound
+from onebase_server.errors import AdapterDoesNotFit, BadRequest, ModelNotFound
 
 VERSION = re.compile("[0-9]{1,18}")
 """What fits into 64 bits; more versions than that there will not be."""
@@ -20,10 +26,10 @@ class Selection:
 
     adapter: AdapterRef | None
     """The pinned version; None is the base alone."""
-    name: str | None
-    """The adapter's name, without a version."""
+    names: tuple[str, ...]
+    """Of the adapters, without versions."""
     label: str
-    """What a person calls it: the base's name, or `adapter@version`."""
+    """What a person calls it: the base's name, `adapter@version`, or `0.7*adapter@version+0.3*other@version`."""
 
 
 def resolve_model(model: str, base_name: str, store: AdapterStore) -> AdapterVersion | None:
@@ -47,13 +53,66 @@ def select_model(model: str, base_name: str, store: AdapterStore, engine: Ready,
     """Resolve a model and keep its blob until `holds` is closed; raises ModelNotFound or AdapterDoesNotFit."""
     version = resolve_model(model, base_name, store)
     if version is None:
-        return Selection(None, None, base_name)
+        return Selection(None, (), base_name)
+    return _select_version(version, store, engine, holds, param="model")
+
+
+def select_combination(
+    adapters: Sequence[WeightedName], base_name: str, store: AdapterStore, engine: Ready, holds: ExitStack
+) -> Selection:
+    """Resolve the adapters of a weighted combination and keep their blobs until `holds` is closed.
+
+    Raises:
+        ModelNotFound: one of them does not exist.
+        BadRequest: one of them is the base, is no LoRA, or is there twice.
+        AdapterDoesNotFit: together they could never run.
+    """
+    versions = [_resolve_part(adapter.name, base_name, store) for adapter in adapters]
+    if len(adapters) == 1 and adapters[0].weight == 1:
+        return _select_version(versions[0], store, engine, holds, param="adapter")
+    parts = []
+    for adapter, version in zip(adapters, versions, strict=True):
+        _hold(version, store, holds, param="adapter")
+        _require_lora(version, store)
+        (part,) = adapter_ref(store, version).parts
+        parts.append(replace(part, weight=adapter.weight))
+    if len({part.digest for part in parts}) < len(parts):
+        raise BadRequest("adapter names the same adapter twice; add its weights up instead.", param="adapter")
+    _check_bytes(sum(version.num_parameters for version in versions), engine)
+    ref = AdapterRef.combination(parts)
+    return Selection(ref, tuple(version.name for version in versions), ref.label)
+
+
+def _select_version(
+    version: AdapterVersion, store: AdapterStore, engine: Ready, holds: ExitStack, *, param: str
+) -> Selection:
     check_fit(version, engine)
+    _hold(version, store, holds, param=param)
+    return Selection(adapter_ref(store, version), (version.name,), version.label)
+
+
+def _resolve_part(name: str, base_name: str, store: AdapterStore) -> AdapterVersion:
+    try:
+        version = resolve_model(name, base_name, store)
+    except ModelNotFound as error:
+        raise ModelNotFound(error.message, param="adapter") from error
+    if version is None:
+        raise BadRequest(f"{name} is the base, which every combination contains already.", param="adapter")
+    return version
+
+
+def _require_lora(version: AdapterVersion, store: AdapterStore) -> None:
+    try:
+        require_lora(read_blob(store.blob_path(version.digest)))
+    except InvalidMerge as error:
+        raise BadRequest(f"{version.label} cannot be part of a combination. {error}", param="adapter") from error
+
+
+def _hold(version: AdapterVersion, store: AdapterStore, holds: ExitStack, *, param: str) -> None:
     try:
         holds.enter_context(store.lease(version.digest))
     except AdapterNotFound as error:  # removed since it was resolved
-        raise ModelNotFound(f"The model {model} does not exist. {error}", param="model") from error
-    return Selection(adapter_ref(store, version), version.name, version.label)
+        raise ModelNotFound(f"The model {version.label} does not exist. {error}", param=param) from error
 
 
 def check_fit(adapter: Adapter | AdapterVersion, engine: Ready) -> None:
@@ -66,7 +125,11 @@ def check_fit(adapter: Adapter | AdapterVersion, engine: Ready) -> None:
                 "a larger --max-model-len or --kv-cache-memory."
             )
         return
-    needed = adapter.num_parameters * engine.adapter_element_bytes
+    _check_bytes(adapter.num_parameters, engine)
+
+
+def _check_bytes(num_parameters: int, engine: Ready) -> None:
+    needed = num_parameters * engine.adapter_element_bytes
     if needed > engine.adapter_bytes_total:
         raise AdapterDoesNotFit(
             f"The adapter needs {needed} bytes on the device, the whole adapter memory has "
@@ -76,7 +139,7 @@ def check_fit(adapter: Adapter | AdapterVersion, engine: Ready) -> None:
 
 def adapter_ref(store: AdapterStore, version: AdapterVersion) -> AdapterRef:
     """A version as the engine knows it."""
-    return AdapterRef(
+    return AdapterRef.of_version(
         digest=version.digest,
         path=str(store.blob_path(version.digest)),
         label=version.label,

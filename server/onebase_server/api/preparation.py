@@ -8,7 +8,7 @@ import anyio.to_thread
 
 from onebase_server.api.context import Context
 from onebase_server.api.generation import Generation, Job, Prompt
-from onebase_server.api.models import select_model
+from onebase_server.api.models import Selection, select_combination, select_model
 from onebase_server.api.schemas import GenerationRequest
 from onebase_server.engine.request import AdapterRef, Ready, SamplingParams
 from onebase_server.errors import BadRequest, ContextTooLong
@@ -52,7 +52,7 @@ def prepare(
     if any(token_id >= info.vocab_size for token_id in request.stop_token_ids):
         raise BadRequest(f"stop_token_ids must be below {info.vocab_size}, the vocabulary.", param="stop_token_ids")
     with ExitStack() as holds:
-        selection = select_model(request.model, context.settings.served_name, context.store, info, holds)
+        selection = _select(request, context, holds)
         room = ContextRoom.behind(selection.adapter, info)
         checked = []
         for token_ids in prompts:
@@ -71,6 +71,16 @@ def prepare(
             prompt_only=prompt_only,
         )
         return Generation(job, context.engine, context.tokenizer, context.metrics, holds.pop_all())
+
+
+def _select(request: GenerationRequest, context: Context, holds: ExitStack) -> Selection:
+    """What `model`, or `adapter` beside it, names."""
+    base_name, store, info = context.settings.served_name, context.store, context.engine_info
+    if not request.adapter:
+        return select_model(request.model, base_name, store, info, holds)
+    if request.model != base_name:
+        raise BadRequest(f"Beside adapter, model has to be the base, {base_name}, not {request.model}.", param="model")
+    return select_combination(request.adapter, base_name, store, info, holds)
 
 
 @dataclass(frozen=True, slots=True)

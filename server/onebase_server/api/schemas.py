@@ -13,6 +13,7 @@ from onebase_server.errors import BadRequest
 MAX_STOP_STRINGS = 16
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
+MAX_COMBINED_ADAPTERS = 16
 
 # Fields of OpenAI and vLLM that never change the text, whatever their value.
 IGNORED_FIELDS = frozenset(
@@ -112,10 +113,22 @@ class StreamOptions(ApiModel):
     include_obfuscation: bool = Field(False, description="Accepted for OpenAI's clients; nothing is ever padded.")
 
 
+class WeightedName(ApiModel):
+    """One adapter of a combination."""
+
+    name: Text = Field(description="An adapter, or `adapter@version`.")
+    weight: float = Field(1.0, ge=-100, le=100, description="What its update is multiplied by.")
+
+
 class GenerationRequest(ApiModel):
     """What completions and chat completions have in common; `null` anywhere means the default."""
 
     model: Text = Field(description="The base, an adapter, `base:adapter`, or `adapter@version`.")
+    adapter: list[WeightedName] = Field(
+        [],
+        max_length=MAX_COMBINED_ADAPTERS,
+        description="Onebase: run on the weighted sum of these; `model` is the base.",
+    )
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="Choices for each prompt.")
     temperature: float = Field(1.0, ge=0, description="0 is greedy.")
     top_p: float = Field(1.0, gt=0, le=1)

@@ -9,12 +9,11 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 import onebase_kernels as kernels
-from onebase_adapters.blobs import read_blob
+from onebase_server.engine.adapter_reading import read_adapter
 from onebase_server.engine.blob_loader import BlobLoader
 from onebase_server.engine.extents import Extents
 from onebase_server.engine.packing import PackedAdapter, pack_adapter
@@ -36,6 +35,8 @@ class Resident:
     size: int
     table: torch.Tensor
     """As in `PackedAdapter`."""
+    versions: frozenset[str]
+    """Digests of what it was made of: its own, or those of a combination's parts."""
     num_users: int = 0
 
 
@@ -106,11 +107,11 @@ class AdapterPool:
         return resident.slot
 
     def release(self, digest: str) -> None:
-        """Undo one `acquire`; a retired adapter leaves with its last user."""
+        """Undo one `acquire`; an adapter of which a version is retired leaves with its last user."""
         resident = self._resident[digest]
         resident.num_users -= 1
         assert resident.num_users >= 0, f"adapter {digest[:12]} was released too often"
-        if digest in self._retired and resident.num_users == 0:
+        if resident.num_users == 0 and not self._retired.keys().isdisjoint(resident.versions):
             self._remove(resident)
 
     def withdraw(self, digest: str) -> None:
@@ -118,14 +119,14 @@ class AdapterPool:
         self._loader.drop(digest)
 
     def retire(self, digest: str) -> None:
-        """An adapter version is no longer live: its memory is free as soon as nobody uses it."""
+        """An adapter version is no longer live: its memory is free as soon as nobody uses it, alone or combined."""
         self._retired[digest] = None
         if len(self._retired) > MAX_RETIRED:
             self._retired.popitem(last=False)
         self._loader.drop(digest)
-        resident = self._resident.get(digest)
-        if resident and resident.num_users == 0:
-            self._remove(resident)
+        for resident in list(self._resident.values()):
+            if digest in resident.versions and resident.num_users == 0:
+                self._remove(resident)
 
     def revive(self, digest: str) -> None:
         """An adapter version is live (again)."""
@@ -135,10 +136,10 @@ class AdapterPool:
         """Take a blob that has been read into the arena, or have it read."""
         with self._loader.loaded(adapter) as packed:
             offset = self._find_room(packed.numbers.numel())
-        return self._place(adapter.digest, packed, offset)
+        return self._place(adapter, packed, offset)
 
     def _load(self, adapter: AdapterRef) -> PackedAdapter:
-        packed = pack_adapter(read_blob(Path(adapter.path)), self.config, self.dtype)
+        packed = pack_adapter(read_adapter(adapter), self.config, self.dtype)
         return PackedAdapter(packed.numbers.pin_memory(), packed.table) if self.arena.is_cuda else packed
 
     def _find_room(self, size: int) -> int:
@@ -161,14 +162,16 @@ class AdapterPool:
         assert offset is not None, "after compaction all free numbers are one extent"
         return offset
 
-    def _place(self, digest: str, packed: PackedAdapter, offset: int) -> Resident:
+    def _place(self, adapter: AdapterRef, packed: PackedAdapter, offset: int) -> Resident:
         if not self._free_slots:
             self._grow_table()
-        resident = Resident(digest, self._free_slots.pop(), offset, packed.numbers.numel(), packed.table)
+        versions = frozenset(part.digest for part in adapter.parts)
+        size = packed.numbers.numel()
+        resident = Resident(adapter.digest, self._free_slots.pop(), offset, size, packed.table, versions)
         self.arena[offset : offset + resident.size].copy_(packed.numbers, non_blocking=True)
         self.bytes_touched = max(self.bytes_touched, (offset + resident.size) * self.dtype.itemsize)
         self._write_table(resident)
-        self._resident[digest] = resident
+        self._resident[adapter.digest] = resident
         self.max_rank = max(self.max_rank, packed.max_rank)
         self.num_attaches += 1
         return resident

@@ -165,4 +165,5 @@ class Engine:
 
 def _labels(sequences: Iterable[Sequence]) -> tuple[str, ...]:
     """The adapters of these sequences, each once, sorted."""
-    return tuple(sorted({sequence.adapter.label for sequence in sequences if sequence.adapter}))
+    refs = {sequence.adapter for sequence in sequences if sequence.adapter}
+    return tuple(sorted({part.label for ref in refs for part in ref.parts}))

@@ -4,7 +4,6 @@ It decides nothing: which blocks is `prefix_pool`'s choice. All calls but `read`
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor
 
 import onebase_kernels as kernels
 from onebase_adapters.adapter import PrefixKV, StoreError
-from onebase_adapters.blobs import read_blob
 from onebase_kernels import AttentionBatch, LoraBatch, StepInputs
+from onebase_server.engine.adapter_reading import read_adapter
 from onebase_server.engine.request import AdapterRef
 from onebase_server.model.decoder import Decoder
 from onebase_server.model.kv_cache import KvCache
@@ -40,7 +39,7 @@ class PrefixWriter:
 
     def read(self, adapter: AdapterRef) -> HostPrefix:
         """Read an adapter's blob; raises StoreError."""
-        prefix = read_blob(Path(adapter.path)).prefix
+        prefix = read_adapter(adapter).prefix
         if prefix is None or prefix.num_tokens != adapter.num_virtual_tokens:
             raise StoreError(f"its blob is not a prefix of {adapter.num_virtual_tokens} virtual tokens.")
         rows = torch.from_numpy(prefix.rows.astype(np.float32)).to(self._decoder.dtype)

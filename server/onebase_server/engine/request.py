@@ -3,6 +3,9 @@
 msgspec encodes them as tagged MessagePack; `protocol.py` frames them on a socket.
 """
 
+import hashlib
+from collections.abc import Sequence
+
 import msgspec
 
 
@@ -10,17 +13,52 @@ class Struct(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Base of every message: immutable, keyword-only, tagged with its class name on the wire."""
 
 
-class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
-    """One version of an adapter, as a request is pinned to it at admission."""
+class AdapterPart(msgspec.Struct, frozen=True, kw_only=True):
+    """One version of an adapter, and how much of it."""
 
     digest: str
-    """sha256 of the blob, hexadecimal: the adapter's identity in memory and in the prefix cache."""
+    """sha256 of the blob, hexadecimal."""
     path: str
     """Where the blob lies on this machine."""
     label: str
     """`name@version`, for messages and logs."""
+    weight: float = 1.0
+
+
+class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request runs on beside the base, as it is pinned at admission: a version of an adapter, or several."""
+
+    digest: str
+    """The identity in memory and in the prefix cache: the blob's, or one of all parts and their weights."""
+    parts: tuple[AdapterPart, ...]
+    """One with the weight 1, or those of a weighted combination, which runs on the sum of their updates."""
     num_virtual_tokens: int = 0
     """How many positions of the context its prefix takes, before the prompt."""
+
+    @classmethod
+    def of_version(cls, *, digest: str, path: str, label: str, num_virtual_tokens: int = 0) -> "AdapterRef":
+        """One version by itself."""
+        part = AdapterPart(digest=digest, path=path, label=label)
+        return cls(digest=digest, parts=(part,), num_virtual_tokens=num_virtual_tokens)
+
+    @classmethod
+    def combination(cls, parts: Sequence[AdapterPart]) -> "AdapterRef":
+        """A weighted sum; the same parts in another order are the same."""
+        ordered = tuple(sorted(parts, key=lambda part: part.digest))
+        identity = msgspec.msgpack.encode([(part.digest, part.weight) for part in ordered])
+        return cls(digest=hashlib.sha256(identity).hexdigest(), parts=ordered)
+
+    @property
+    def is_combination(self) -> bool:
+        """Whether it is a weighted sum, be it of one."""
+        return self.digest != self.parts[0].digest
+
+    @property
+    def label(self) -> str:
+        """`name@version`, or `0.7*name@version+0.3*other@version`."""
+        if self.is_combination:
+            return "+".join(f"{part.weight}*{part.label}" for part in self.parts)
+        return self.parts[0].label
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):

@@ -35,7 +35,6 @@ def test_a_merge_is_published_as_the_next_version_of_its_name(onebase, tmp_path)
         (("pirate", "pirate@7"), "no version 7"),
         (("pirate", "pirate@"), "not a number"),
         (("pirate", "pirate=much"), "like pirate=0.7"),
-        (("pirate",), "two adapters or more"),
         (("pirate", "pirate", "--method", "ties"), "needs a density"),
         (("pirate", "pirate", "--server", "http://127.0.0.1:9"), "cannot be reached"),
     ],

@@ -66,6 +66,6 @@ def write_adapter(tmp_path: Path, tiny_config: ModelConfig) -> BlobWriter:
     def write(name: str, ranks: dict[str, int]) -> AdapterRef:
         path = tmp_path / f"{name}.safetensors"
         adapter = random_adapter(tiny_config, ranks, seed=zlib.crc32(name.encode()), dtype=ml_dtypes.bfloat16)
-        return AdapterRef(digest=write_blob(adapter, path), path=str(path), label=f"{name}@1")
+        return AdapterRef.of_version(digest=write_blob(adapter, path), path=str(path), label=f"{name}@1")
 
     return write

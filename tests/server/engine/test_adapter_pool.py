@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from onebase_server.engine.adapter_pool import AdapterPool
 from onebase_server.engine.request import AdapterRef
@@ -37,6 +38,10 @@ class Pool(AdapterPool):
         """The q_proj matrices that the kernels would find for a slot in layer 0."""
         offset, rank, *_ = self.table[0, 0, slot].tolist()
         return self.arena[offset : offset + rank * 64].clone()
+
+
+def combined(*parts: tuple[AdapterRef, float]) -> AdapterRef:
+    return AdapterRef.combination([replace(adapter.parts[0], weight=weight) for adapter, weight in parts])
 
 
 @pytest.fixture
@@ -141,9 +146,42 @@ def test_an_adapter_larger_than_the_memory_is_unusable(pool: Pool, write_adapter
         pool.acquire_loaded(write_adapter("big", {"q_proj": 11}))
 
 
+def test_a_combination_is_the_weighted_sum_in_one_slot(pool: Pool, write_adapter: BlobWriter) -> None:
+    a, b = write_adapter("a", {"q_proj": 2}), write_adapter("b", {"q_proj": 1})
+    both = combined((a, 0.5), (b, -2.0))
+    offset, *ranks, _ = pool.table[0, 0, pool.acquire_loaded(both)].tolist()
+    lora_a, lora_b = pool.arena[offset : offset + 3 * 64].view(2, 3, 32)
+    assert ranks == [3, 0, 0]
+    updates = []
+    for adapter in (a, b):
+        numbers = pool.numbers_of(pool.acquire_loaded(adapter)).view(2, -1, 32)
+        updates.append(numbers[1].T @ numbers[0])
+    torch.testing.assert_close(lora_b.T @ lora_a, 0.5 * updates[0] - 2.0 * updates[1])
+
+
+def test_a_combination_has_no_order_but_weights(write_adapter: BlobWriter) -> None:
+    a, b = write_adapter("a", {"q_proj": 2}), write_adapter("b", {"q_proj": 1})
+    assert combined((a, 0.5), (b, 2.0)) == combined((b, 2.0), (a, 0.5))
+    assert combined((a, 0.5), (b, 2.0)).digest != combined((a, 2.0), (b, 0.5)).digest
+    assert combined((a, 0.5)).digest != a.digest
+
+
+def test_a_combination_leaves_once_one_of_its_versions_is_retired(pool: Pool, write_adapter: BlobWriter) -> None:
+    a, b, c = (write_adapter(name, {"q_proj": 1}) for name in ("a", "b", "c"))
+    pinned, idle, other = combined((a, 0.5), (b, 0.5)), combined((a, 0.3), (b, 0.7)), combined((b, 0.5), (c, 0.5))
+    for adapter in (pinned, idle, other):
+        pool.acquire_loaded(adapter)
+    pool.release(idle.digest)
+    pool.release(other.digest)
+    pool.retire(a.digest)
+    assert pool.num_resident == 2, "the idle one is gone"
+    pool.release(pinned.digest)
+    assert pool.num_resident == 1, "the pinned one went with its last user; the other has nothing to do with it"
+
+
 def test_a_damaged_blob_harms_its_own_requests_only(pool: Pool, write_adapter: BlobWriter) -> None:
     adapter = write_adapter("a", {"q_proj": 2})
-    Path(adapter.path).write_bytes(b"not a blob")
+    Path(adapter.parts[0].path).write_bytes(b"not a blob")
     with pytest.raises(AdapterUnusable, match="a@1 cannot run here: Blob"):
         pool.acquire_loaded(adapter)
     pool.acquire_loaded(write_adapter("b", {"q_proj": 2}))

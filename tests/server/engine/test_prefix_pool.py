@@ -31,7 +31,7 @@ class Memory:
         self.num_written: dict[str, int] = {}
 
     def read(self, adapter: AdapterRef) -> AdapterRef:
-        if adapter.path == "damaged":
+        if adapter.parts[0].path == "damaged":
             raise ValueError("Blob damaged is damaged.")
         return adapter
 
@@ -135,7 +135,7 @@ def next_token(sequence: Sequence) -> int:
 
 
 def prefix(name: str, num_tokens: int, path: str = "") -> AdapterRef:
-    return AdapterRef(digest=name, path=path, label=f"{name}@1", num_virtual_tokens=num_tokens)
+    return AdapterRef.of_version(digest=name, path=path, label=f"{name}@1", num_virtual_tokens=num_tokens)
 
 
 @pytest.fixture

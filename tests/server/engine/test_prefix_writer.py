@@ -72,7 +72,7 @@ def test_a_prompt_behind_virtual_tokens_gives_the_logits_of_peft(
 
     writer = PrefixWriter(decoder, cache, max_num_tokens=step)
     prefix = writer.read(
-        AdapterRef(
+        AdapterRef.of_version(
             digest=digest, path=str(tmp_path / "blob"), label="a@1", num_virtual_tokens=adapter.num_virtual_tokens
         )
     )

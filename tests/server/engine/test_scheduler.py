@@ -74,7 +74,7 @@ def add(
         request_id=name,
         prompt_token_ids=tuple(prompt),
         sampling=SamplingParams(max_tokens=max_tokens, seed=1),
-        adapter=AdapterRef(digest=adapter, path="", label=adapter) if adapter else None,
+        adapter=AdapterRef.of_version(digest=adapter, path="", label=adapter) if adapter else None,
     )
     sequence = Sequence.from_submit(message, arrival=0.0)
     scheduler.add(sequence)
