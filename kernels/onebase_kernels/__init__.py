@@ -10,15 +10,15 @@ from collections.abc import Callable
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from onebase_kernels import reference
+from onebase_kernels.backends import BackendName, BackendUnavailable, best_backend, check_backend
 from onebase_kernels.batch import TABLE_COLUMNS, AttentionBatch, LoraBatch, SamplingBatch, Segment, StepInputs
-from onebase_kernels.cpu.library import LibraryUnavailable, load_library
 from onebase_kernels.nf4 import NestedScales, Nf4Group, Nf4Weight, PackedNf4, dequantize_nf4, quantize_nf4
 
 __all__ = [
     "TABLE_COLUMNS",
     "AttentionBatch",
     "BackendName",
-    "LibraryUnavailable",
+    "BackendUnavailable",
     "LoraBatch",
     "NestedScales",
     "Nf4Group",
@@ -51,14 +51,12 @@ __all__ = [
     "write_kv_",
 ]
 
-BackendName = Literal["reference", "bitsandbytes", "cpu", "triton"]
-
 # The modules that are asked for each op, fastest first.
 _CHAINS: dict[BackendName, tuple[str, ...]] = {
     "reference": ("reference",),
     "bitsandbytes": ("bitsandbytes_backend", "reference"),
     "cpu": ("cpu.backend", "reference"),
-    "triton": ("triton.backend", "bitsandbytes_backend", "reference"),
+    "triton": ("triton.backend", "reference"),
 }
 
 _active: dict[str, Callable[..., Any]] = {}
@@ -109,24 +107,15 @@ OPS = (
 def use_backend(name: BackendName | Literal["auto"], device_type: str = "cpu") -> BackendName:
     """Let that back end compute from now on, in the whole process; returns the name that `auto` stands for.
 
-    To be chosen before weights are packed. Raises LibraryUnavailable if `cpu` is asked for and cannot run here.
+    To be chosen before weights are packed. `device_type` is that of the tensors, `cpu` or `cuda`. Raises
+    BackendUnavailable if the back end asked for cannot compute there.
     """
     chosen = best_backend(device_type) if name == "auto" else name
+    check_backend(chosen, device_type)
     modules = [importlib.import_module(f"{__name__}.{module}") for module in _CHAINS[chosen]]
     for op in OPS:
         _active[op.__name__] = next(getattr(module, op.__name__) for module in modules if hasattr(module, op.__name__))
     return chosen
-
-
-def best_backend(device_type: str) -> BackendName:
-    """The fastest back end for a kind of device, `cpu` or `cuda`, that can run here."""
-    if device_type == "cpu":
-        try:
-            load_library()
-        except LibraryUnavailable:
-            return "bitsandbytes"
-        return "cpu"
-    return "bitsandbytes"
 
 
 use_backend("reference")

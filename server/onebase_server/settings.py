@@ -15,7 +15,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-KernelsName = Literal["auto", "cpu", "bitsandbytes", "reference"]
+KernelsName = Literal["auto", "cpu", "triton", "bitsandbytes", "reference"]
 """A back end of onebase_kernels, or the fastest that can run."""
 
 
@@ -35,7 +35,7 @@ class EngineSettings(BaseModel):
     quantize_head: bool = Field(False, description="Keep the output head in NF4 too: less to read, coarser logits.")
     dtype: Literal["bfloat16", "float32", "float16"] = Field("bfloat16", description="Compute and KV dtype.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute.")
-    kernels: KernelsName = Field("auto", description="Which kernels compute.")
+    kernels: KernelsName = Field("auto", description="Which kernels compute; `auto` takes the fastest that can run.")
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine; by default all cores.")
 
     # how much to hold

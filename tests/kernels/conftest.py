@@ -26,7 +26,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     name, _, variant = request.param.partition(":")
     if name == "triton":
         request.getfixturevalue("triton_device")
-    chosen = kernels.use_backend(name)
+    chosen = kernels.use_backend(name, torch.get_default_device().type)
     if variant:
         monkeypatch.setattr("onebase_kernels.cpu.execution.library", load_library(variant))
     yield chosen

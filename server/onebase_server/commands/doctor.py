@@ -20,15 +20,25 @@ def _findings() -> Iterator[tuple[str, str]]:
     import torch
 
     import onebase_server
-    from onebase_kernels import best_backend
-    from onebase_kernels.cpu.build import VARIANTS
-    from onebase_kernels.cpu.library import why_not
 
     yield "onebase", onebase_server.__version__
     yield "python, torch", f"{platform.python_version()}, {torch.__version__}"
     yield "cores", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}"
     has_cuda = torch.cuda.is_available()
     yield "CUDA", torch.cuda.get_device_name() if has_cuda else "no device that torch can use"
-    yield "kernels (auto)", best_backend("cuda" if has_cuda else "cpu")
-    for variant in VARIANTS:
-        yield f"  cpu, {variant}", why_not(variant) or "can run"
+    yield from _kernels("cuda" if has_cuda else "cpu")
+
+
+def _kernels(device_type: str) -> Iterator[tuple[str, str]]:
+    """What `auto` chooses on that device, and of all others why not."""
+    from onebase_kernels.backends import NAMES, PREFERENCE, best_backend, why_not
+    from onebase_kernels.cpu.build import VARIANTS
+    from onebase_kernels.cpu.library import why_not as why_not_variant
+
+    order = ", ".join(PREFERENCE[device_type])
+    yield "kernels (auto)", f"{best_backend(device_type)}, the first of {order} that can run on {device_type}"
+    for name in NAMES:
+        yield f"  {name}", why_not(name, device_type) or "can run"
+        if name == "cpu":
+            for variant in VARIANTS:
+                yield f"    {variant}", why_not_variant(variant) or "can run"

@@ -18,6 +18,7 @@ from onebase_server.engine.core import Engine
 from onebase_server.engine.protocol import EngineSocket
 from onebase_server.engine.request import Failed, Ready, ToEngine
 from onebase_server.errors import OnebaseError
+from onebase_server.model.backend import use_kernels
 from onebase_server.model.weights import load_decoder, resolve_device
 from onebase_server.process_memory import return_free_memory
 from onebase_server.progress import step_progress
@@ -52,7 +53,8 @@ class Inbox:
 
 def load_engine(settings: EngineSettings, inbox: Inbox) -> tuple[Engine, Ready]:
     """Load the base and lay out memory; raises OnebaseError when the base or a setting is wrong."""
-    kernels.use_backend(settings.kernels, resolve_device(settings.device).type)
+    device = resolve_device(settings.device)
+    logger.info("computing on %s with the kernels %s", device.type, use_kernels(settings.kernels, device))
     kernels.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
     with step_progress("Quantising the base to NF4") as on_progress:
         decoder = load_decoder(Path(settings.base), settings, on_progress)

@@ -180,7 +180,7 @@ def _copies(tensor: Tensor, count: int) -> list[Tensor]:
 
 def _pack_copies(weights: Sequence[Nf4Weight], count: int, backend: BackendName) -> list[PackedNf4]:
     """Each in memory of its own, also where a back end packs nothing."""
-    kernels.use_backend(backend)
+    kernels.use_backend(backend, weights[0].codes.device.type)
     return [
         kernels.pack_nf4([Nf4Weight(w.codes.clone(), w.absmax.clone(), w.shape, w.nested) for w in weights])
         for _ in range(count)

@@ -15,7 +15,7 @@ from onebase_server.bench.kernels.rooflines import Rooflines
 from onebase_server.bench.kernels.timing import Clock, MakeBurst, Timing
 from onebase_server.bench.kernels.trial import Trial, Work
 from onebase_server.bench.kernels.workbench import Workbench
-from onebase_server.errors import ConfigurationError
+from onebase_server.model.backend import use_kernels
 from onebase_server.model.config import ModelConfig
 from onebase_server.progress import OnProgress
 
@@ -48,16 +48,11 @@ def set_up(config: ModelConfig, options: KernelOptions, device: torch.device) ->
     Raises:
         ConfigurationError: the back end cannot run here.
     """
-    if options.kernels == "cpu" and device.type != "cpu":
-        raise ConfigurationError(f"--kernels cpu computes on the CPU only; give --device cpu, not {device.type}.")
-    try:
-        backend = kernels.use_backend(options.kernels, device.type)
-    except kernels.LibraryUnavailable as error:
-        raise ConfigurationError(f"--kernels {options.kernels} cannot run here: {error}.") from error
+    backend = use_kernels(options.kernels, device)
     threads = options.threads or len(os.sched_getaffinity(0))
     bench = Workbench(config, options, device, backend, threads, last_level_cache_bytes(device), free_bytes(device))
     for name in bench.rivals("reference", "bitsandbytes"):
-        kernels.use_backend(name)
+        kernels.use_backend(name, device.type)
         kernels.set_num_threads(threads)
     return bench
 

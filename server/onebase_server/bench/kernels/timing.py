@@ -95,11 +95,12 @@ def time_interleaved(
     contenders: Sequence[Contender], steps: Sequence[StepInputs], repeats: int, clock: Clock, make: MakeBurst
 ) -> dict[str, Timing]:
     """Measure all contenders `repeats` times, in turn; slow ones less often."""
+    device_type = steps[0].token_ids.device.type
     bursts: list[Burst] = []
     times: list[int] = []
     seconds: list[list[float]] = [[] for _ in contenders]
     for contender in contenders:
-        _activate(contender)
+        _activate(contender, device_type)
         bursts.append(make(contender, steps, clock))
         times.append(choose_times(bursts[-1].run, clock))
     for repeat in range(repeats):
@@ -107,7 +108,7 @@ def time_interleaved(
             is_slow = bool(measured) and measured[0] > SLOW_SECONDS
             if is_slow and repeat >= FEWEST_MEASUREMENTS:
                 continue
-            _activate(contender)
+            _activate(contender, device_type)
             if not is_slow:
                 _settle(burst.run, clock)
             measured.append(clock(burst.run, count) / (count * burst.num_calls))
@@ -144,9 +145,9 @@ def _run(group: Sequence[Call], step: StepInputs) -> None:
         call(step)
 
 
-def _activate(contender: Contender) -> None:
+def _activate(contender: Contender, device_type: str) -> None:
     if contender.backend is not None:
-        kernels.use_backend(contender.backend)
+        kernels.use_backend(contender.backend, device_type)
 
 
 def _settle(run: Run, clock: Clock) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from onebase_kernels import TABLE_COLUMNS, AttentionBatch, BackendName, LoraBatch, StepInputs
+from onebase_kernels.backends import why_not
 from onebase_server.bench.kernels.options import KernelOptions
 from onebase_server.model.config import ModelConfig
 
@@ -73,8 +74,9 @@ class Workbench:
         return max(1, min(-(-wanted // nbytes), possible))
 
     def rivals(self, *peers: BackendName) -> tuple[BackendName, ...]:
-        """The back end that is timed, then those of its peers that compute the op in a way of their own."""
-        return tuple(dict.fromkeys((self.backend, *peers)))
+        """The back end that is timed, then those of `peers`, which compute the op in a way of their own, that can run."""
+        runnable = (peer for peer in peers if why_not(peer, self.device.type) is None)
+        return tuple(dict.fromkeys((self.backend, *runnable)))
 
     @cached_property
     def _pattern(self) -> Tensor:
