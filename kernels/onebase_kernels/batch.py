@@ -3,10 +3,11 @@
 The tokens of all requests of a step lie one after another without padding; T is their number, S the requests'.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -67,6 +68,14 @@ class StepInputs:
     """int64 [T], of each token in its request."""
     attention: AttentionBatch
     lora: LoraBatch
+
+    def to(self, device: torch.device) -> "StepInputs":
+        """The same with the step's own tensors on `device`; the adapters are where they are."""
+        if self.token_ids.device == device:
+            return self
+        batch = self.attention
+        moved = replace(batch, block_tables=batch.block_tables.to(device), slot_mapping=batch.slot_mapping.to(device))
+        return replace(self, token_ids=self.token_ids.to(device), positions=self.positions.to(device), attention=moved)
 
 
 @dataclass(frozen=True, eq=False)

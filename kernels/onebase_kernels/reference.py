@@ -36,13 +36,15 @@ def allocate_kv(
     return [(layer[0], layer[1]) for layer in whole]
 
 
-def record(forward: Callable[[StepInputs], Tensor], max_tokens: int) -> Callable[[StepInputs], Tensor]:
-    """`forward`, to be called for every step of up to `max_tokens` tokens, with as little between its ops as can be.
+def record(forward: Callable[[StepInputs], Tensor], largest: StepInputs) -> Callable[[StepInputs], Tensor]:
+    """`forward`, to be called for every step, with as little between its ops as can be.
 
-    It may be called once here, on inputs that stand for any step's, and never again: what it does besides the ops is
-    not repeated. What a step returns lasts until the next.
+    It may be called here, on inputs that stand for any step's, and never again: what it does besides the ops is not
+    repeated. What a step returns lasts until the next. No step has more tokens or requests than `largest`, longer
+    contexts or wider block tables; all use its arena. A step's own tensors may lie on the host.
     """
-    return forward
+    device = largest.lora.arena.device
+    return lambda inputs: forward(inputs.to(device))
 
 
 def embed(token_ids: Tensor, table: Tensor) -> Tensor:

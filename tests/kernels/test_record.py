@@ -5,81 +5,30 @@ import torch
 from torch import Tensor
 
 import onebase_kernels as kernels
-from onebase_kernels import AttentionBatch, LoraBatch, Segment, StepInputs
+from onebase_kernels import Segment, StepInputs
 from onebase_kernels.cpu.execution import NotRecordable, Program
 from onebase_kernels.cpu.library import runnable_variants
 
-HEADS, KV_HEADS, HEAD_DIM, VOCAB = 4, 2, 16, 50
-HIDDEN, QKV = HEADS * HEAD_DIM, (HEADS + 2 * KV_HEADS) * HEAD_DIM
+from .small_model import HIDDEN, MAX_REQUESTS, QKV, SmallModel
 
 
-class Model:
-    """Two layers that use every op of a step."""
-
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        self.table = torch.randn(VOCAB, HIDDEN)
-        self.norm, self.head_norm = torch.randn(HIDDEN), torch.randn(HEAD_DIM)
-        self.qkv = [self.packed(QKV, HIDDEN) for _ in range(2)]
-        self.o = [self.packed(HIDDEN, HIDDEN) for _ in range(2)]
-        self.gate_up = [self.packed(2 * 64, HIDDEN) for _ in range(2)]
-        self.down = [self.packed(HIDDEN, 64) for _ in range(2)]
-        self.bias = torch.randn(QKV)
-        angles = torch.rand(64, HEAD_DIM // 2)
-        self.cos, self.sin = angles.cos(), angles.sin()
-        self.k_caches, self.v_caches = torch.full((2, 2, 8, 4, KV_HEADS, HEAD_DIM), torch.nan)
-
-    @staticmethod
-    def packed(outputs: int, inputs: int) -> kernels.PackedNf4:
-        return kernels.pack_nf4([kernels.quantize_nf4(torch.randn(outputs, inputs) / 8)])
-
-    def forward(self, inputs: StepInputs) -> Tensor:
-        rows = inputs.token_ids.shape[0]
-        hidden = kernels.embed(inputs.token_ids, self.table)
-        normed = kernels.rms_norm(hidden, self.norm, 1e-5)
-        for layer in range(2):
-            qkv = kernels.nf4_linear(normed, self.qkv[layer], self.bias)
-            kernels.add_lora_(qkv, normed, inputs.lora, layer, (HIDDEN, 32, 32))
-            q, k, v = torch.split(qkv.view(rows, -1, HEAD_DIM), [HEADS, KV_HEADS, KV_HEADS], dim=1)
-            q = kernels.rms_norm(q, self.head_norm, 1e-5)
-            kernels.apply_rope_(q, k, self.cos, self.sin, inputs.positions)
-            k_cache, v_cache = self.k_caches[layer], self.v_caches[layer]
-            kernels.write_kv_(k, v, k_cache, v_cache, inputs.attention)
-            attended = kernels.paged_attention(q, k_cache, v_cache, inputs.attention, 0.25)
-            delta = kernels.nf4_linear(attended.view(rows, HIDDEN), self.o[layer])
-            normed = kernels.add_rms_norm_(hidden, delta, self.norm, 1e-5)
-            activated = kernels.silu_mul(kernels.nf4_linear(normed, self.gate_up[layer]))
-            normed = kernels.add_rms_norm_(hidden, kernels.nf4_linear(activated, self.down[layer]), self.norm, 1e-5)
-        return normed
-
-
-def steps() -> list[StepInputs]:
-    """A prompt of five tokens, then its next token beside another prompt, which has an adapter."""
-    table = torch.tensor([[[0, 2, 0, 1, 0b010]], [[500, 0, 1, 0, 0]]])
-    arena = torch.randn(2000, generator=torch.Generator().manual_seed(1))
-
-    def step(
-        tokens: list[int], positions: list[int], starts: tuple[int, ...], blocks: list[list[int]], slots: list[int]
-    ) -> StepInputs:
-        ends = tuple(positions[start - 1] + 1 for start in starts[1:])
-        attention = AttentionBatch(starts, ends, torch.tensor(blocks, dtype=torch.int32), torch.tensor(slots))
-        lora = LoraBatch(arena, table, () if len(starts) == 2 else (Segment(0, 1, 4),))
-        return StepInputs(torch.tensor(tokens), torch.tensor(positions), attention, lora)
-
+def steps(model: SmallModel) -> list[StepInputs]:
+    """A prompt of five tokens, its next token beside another prompt, which has an adapter, then a token of each."""
     return [
-        step([7, 8, 9, 1, 2], [0, 1, 2, 3, 4], (0, 5), [[3, 5]], [12, 13, 14, 15, 20]),
-        step([3, 40, 41, 42], [5, 0, 1, 2], (0, 1, 4), [[3, 5], [1, 0]], [21, 4, 5, 6]),
+        model.step([7, 8, 9, 1, 2], [5], [[3, 5]], query_lens=[5]),
+        model.step([3, 40, 41, 42], [6, 3], [[3, 5], [1, 0]], [Segment(0, 1, 4)], query_lens=[1, 3]),
+        model.step([4, 5], [7, 4], [[3, 5], [1, 0]], [Segment(0, 1, 2)]),
     ]
 
 
 def test_a_recorded_step_computes_what_the_ops_compute_one_by_one(backend: str) -> None:
-    model = Model()
-    expected = [model.forward(inputs).clone() for inputs in steps()]
+    model = SmallModel()
+    expected = [model.forward(inputs).clone() for inputs in steps(model)]
     for caches in (model.k_caches, model.v_caches):
         caches.fill_(torch.nan)
-    recorded = kernels.record(model.forward, max_tokens=6)
+    recorded = kernels.record(model.forward, model.largest_step())
     assert isinstance(recorded, Program) == (backend == "cpu")
-    for inputs, output in zip(steps(), expected, strict=True):
+    for inputs, output in zip(steps(model), expected, strict=True):
         torch.testing.assert_close(recorded(inputs), output, rtol=0, atol=0)
 
 
@@ -92,8 +41,8 @@ needs_library = pytest.mark.skipif(
 def test_results_that_are_used_up_give_their_memory_to_later_ones() -> None:
     kernels.use_backend("cpu")
     try:
-        model = Model()
-        program = kernels.record(model.forward, max_tokens=6)
+        model = SmallModel()
+        program = kernels.record(model.forward, model.largest_step())
         assert isinstance(program, Program)
         widest = 6 * 4 * (HIDDEN * 2 + QKV + 2 * 64)  # a layer needs no more at once, and the second none besides
         assert program.nbytes <= widest + 64 * 8
@@ -105,9 +54,12 @@ def test_results_that_are_used_up_give_their_memory_to_later_ones() -> None:
 def test_a_step_beyond_what_was_recorded_is_refused() -> None:
     kernels.use_backend("cpu")
     try:
-        program = kernels.record(Model().forward, max_tokens=4)
-        with pytest.raises(ValueError, match="A step of 5 tokens; this program carries 4"):
-            program(steps()[0])
+        model = SmallModel()
+        program = kernels.record(model.forward, model.largest_step())
+        tokens = MAX_REQUESTS + 1
+        too_large = model.step([0] * tokens, [tokens], [[3, 5]], query_lens=[tokens])
+        with pytest.raises(ValueError, match="A step of 7 tokens; this program carries 6"):
+            program(too_large)
     finally:
         kernels.use_backend("reference")
 
@@ -118,13 +70,13 @@ def test_what_computes_besides_the_ops_is_never_recorded() -> None:
 
     kernels.use_backend("cpu")
     try:
-        model = Model()
+        model = SmallModel()
 
         def forward(inputs: StepInputs) -> Tensor:
             return 2 * model.forward(inputs)
 
         with pytest.raises(NotRecordable, match=r"aten\.mul"):
             execution.record(forward, max_rows=4)
-        assert kernels.record(forward, max_tokens=4) is forward
+        assert kernels.record(forward, model.largest_step()) is forward
     finally:
         kernels.use_backend("reference")

@@ -54,10 +54,10 @@ def allocate_kv(
     return [(whole[:, layer, 0], whole[:, layer, 1]) for layer in range(num_layers)]
 
 
-def record(forward: Callable[[StepInputs], Tensor], max_tokens: int) -> Callable[[StepInputs], Tensor]:
+def record(forward: Callable[[StepInputs], Tensor], largest: StepInputs) -> Callable[[StepInputs], Tensor]:
     """As `reference.record`: a program where the library carries all of the step, else `forward` as it is."""
     try:
-        return execution.record(forward, max_tokens)
+        return execution.record(forward, len(largest.token_ids))
     except execution.NotRecordable:
         return forward
 

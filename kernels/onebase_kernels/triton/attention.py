@@ -7,7 +7,6 @@ keys are split depends on the tile alone, never on what else is in the step. Sco
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
@@ -15,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from onebase_kernels.batch import AttentionBatch
+from onebase_kernels.triton.step_cache import once_per_batch
 
 _PREFILL_ROWS = 64  # of a tile: queries times query heads of a KV head
 _MAX_SPLITS = 32
@@ -163,7 +163,7 @@ def join_kernel(
 
 @dataclass(frozen=True, eq=False)
 class Tiles:
-    """Tiles that one launch takes; a captured CUDA graph can be given others by writing to the table."""
+    """Tiles that one launch takes."""
 
     table: Tensor
     """int32 [tiles, 4]: request, row of the first query in the step, number of queries, position of the first.
@@ -227,9 +227,22 @@ def _attend(
         )
 
 
-@lru_cache(maxsize=4)  # all layers of a step ask the same; models have at most two kinds of window
+@dataclass(frozen=True, eq=False)
+class DecodeBatch(AttentionBatch):
+    """Requests that all decode, as a captured CUDA graph has them: who they are is only known to the device.
+
+    `context_lens` says how long a context may become at most.
+    """
+
+    tiles: Tensor
+    """int32 [S, 4], as `Tiles.table`: one for each request, or none where the step is only filled up."""
+
+
+@once_per_batch
 def plan(batch: AttentionBatch, group: int, window: int | None) -> tuple[Tiles, ...]:
     """A batch's tiles for `group` query heads to a KV head: those of the requests that decode, then prefill's."""
+    if isinstance(batch, DecodeBatch):
+        return (Tiles(batch.tiles, 1, _DECODE_SPLIT, _visible(max(batch.context_lens), 1, window)),)
     decode, prefill = [], []
     queries = max(1, _PREFILL_ROWS // group)
     for request, (context_len, query_len) in enumerate(zip(batch.context_lens, batch.query_lens, strict=True)):
@@ -249,8 +262,11 @@ def plan(batch: AttentionBatch, group: int, window: int | None) -> tuple[Tiles, 
 def _tiles(
     rows: list[tuple[int, int, int, int]], queries: int, min_split: int, window: int | None, batch: AttentionBatch
 ) -> Tiles:
-    most_keys = max(position + count for _, _, count, position in rows)
-    if window:
-        most_keys = min(most_keys, window + queries - 1)
+    most_keys = _visible(max(position + count for _, _, count, position in rows), queries, window)
     table = torch.tensor(rows, dtype=torch.int32, device=batch.block_tables.device)
     return Tiles(table, queries, min_split, most_keys)
+
+
+def _visible(keys: int, queries: int, window: int | None) -> int:
+    """How many of so many keys a tile of queries sees."""
+    return min(keys, window + queries - 1) if window else keys

@@ -1,16 +1,17 @@
 """The ops on Triton kernels: what they do not carry (odd shapes, views with gaps) goes to the torch versions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from onebase_kernels import reference, sdpa_attention
-from onebase_kernels.batch import AttentionBatch, LoraBatch
+from onebase_kernels.batch import AttentionBatch, LoraBatch, StepInputs
 from onebase_kernels.nf4 import Nf4Weight, PackedNf4
 from onebase_kernels.triton import attention, elementwise
 from onebase_kernels.triton import lora as side_path
 from onebase_kernels.triton import nf4_linear as nf4
+from onebase_kernels.triton.graphs import DecodeGraphs
 from onebase_kernels.triton.nf4_packing import FragmentNf4, can_pack, pack
 from onebase_kernels.triton.plans import measured_plans
 
@@ -23,6 +24,11 @@ def pack_nf4(weights: Sequence[Nf4Weight]) -> PackedNf4:
         return reference.pack_nf4(weights)
     measured_plans(weights[0].codes.device)  # a file that is wrong is refused at load, not by the first request
     return pack(weights)
+
+
+def record(forward: Callable[[StepInputs], Tensor], largest: StepInputs) -> Callable[[StepInputs], Tensor]:
+    """As `reference.record`: steps in which all requests decode become CUDA graphs, for all sizes here and now."""
+    return DecodeGraphs(forward, largest)
 
 
 def nf4_linear(x: Tensor, packed: PackedNf4, bias: Tensor | None = None) -> Tensor:

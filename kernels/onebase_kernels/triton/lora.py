@@ -8,8 +8,7 @@ tiles alone. (Punica, arXiv 2310.18547; S-LoRA, arXiv 2311.03285.)
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from onebase_kernels import batch
-from onebase_kernels.batch import LoraBatch
+from onebase_kernels.batch import LoraBatch, Segment
+from onebase_kernels.triton.step_cache import once_per_batch
 
 
 class Tiling(NamedTuple):
@@ -38,6 +38,8 @@ class Tiling(NamedTuple):
 # miscompile (triton issue 9433), and gain nothing.
 _FEW_TOKENS = Tiling(tokens=16, ranks=16, splits=8, outputs=256)
 _MANY_TOKENS = Tiling(tokens=32, ranks=32, splits=2, outputs=128)
+DECODE_TOKENS = _FEW_TOKENS.tokens
+"""Of a tile at most, where all requests decode."""
 
 _RANK_PARTS = 4  # of an adapter's ranks among programs of the shrink, each of which takes every fourth block of them
 _INPUT_BYTES = 512  # of a row, which a program of the shrink reads at a time
@@ -168,7 +170,7 @@ def expand_kernel(
 
 @dataclass(frozen=True, eq=False)
 class Tiles:
-    """A step's tiles; a captured CUDA graph can be given others by writing to the table."""
+    """A step's tiles."""
 
     table: Tensor
     """int32 [tiles, 3]: slot, first token, token after the last. A tile of slot -1 is skipped."""
@@ -179,9 +181,9 @@ class Tiles:
 
 def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequence[int]) -> None:
     """As `reference.add_lora_`, for matrices without gaps."""
-    if not lora.segments:
-        return
     tiles = plan(lora)
+    if tiles is None:
+        return
     (num_tokens, in_features), (tokens, ranks, splits, outputs) = x.shape, tiles.tiling
     plane_stride = triton.cdiv(tiles.max_rank, 16) * 16
     planes = torch.empty(splits, num_tokens, plane_stride, dtype=torch.float32, device=x.device)
@@ -196,15 +198,35 @@ def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequenc
     )
 
 
-@lru_cache(maxsize=4)  # all groups of all layers of a step ask the same
-def plan(lora: LoraBatch) -> Tiles:
-    """The tiles of a step that has adapters."""
+@dataclass(frozen=True, eq=False)
+class DecodeLoraBatch(LoraBatch):
+    """The adapters of requests that all decode, as a captured CUDA graph has them: only known to the device."""
+
+    tiles: Tensor = field(kw_only=True)
+    """int32 [tiles, 3], as `Tiles.table`, of `DECODE_TOKENS` each at most; those of slot -1 only fill up."""
+
+
+@once_per_batch
+def plan(lora: LoraBatch) -> Tiles | None:
+    """The tiles of a step; None if it has no adapters."""
+    if isinstance(lora, DecodeLoraBatch):
+        return Tiles(lora.tiles, _FEW_TOKENS, _max_rank(lora))
+    if not lora.segments:
+        return None
     longest = max(segment.stop - segment.start for segment in lora.segments)
     tiling = _MANY_TOKENS if longest > _FEW_TOKENS.tokens else _FEW_TOKENS
-    rows = [
-        (slot, first, min(first + tiling.tokens, stop))
-        for slot, start, stop in lora.segments
-        for first in range(start, stop, tiling.tokens)
+    table = torch.tensor(cut(lora.segments, tiling.tokens), dtype=torch.int32, device=lora.table.device)
+    return Tiles(table, tiling, _max_rank(lora))
+
+
+def cut(segments: Sequence[Segment], tokens: int) -> list[Segment]:
+    """Segments of `tokens` at most."""
+    return [
+        Segment(slot, first, min(first + tokens, stop))
+        for slot, start, stop in segments
+        for first in range(start, stop, tokens)
     ]
-    max_rank = int(lora.table[..., 1:4].sum(dim=-1).max()) if lora.max_rank is None else lora.max_rank
-    return Tiles(torch.tensor(rows, dtype=torch.int32, device=lora.table.device), tiling, max_rank)
+
+
+def _max_rank(lora: LoraBatch) -> int:
+    return int(lora.table[..., 1:4].sum(dim=-1).max()) if lora.max_rank is None else lora.max_rank

@@ -61,7 +61,14 @@ class Engine:
         )
         self.max_model_len = min(decoder.max_model_len, num_blocks * settings.block_size)
         kv_cache = allocate_kv_cache(decoder.config, num_blocks, settings.block_size, decoder.dtype, decoder.device)
-        self.runner = Runner(decoder, kv_cache, self.adapter_pool, settings.max_num_batched_tokens)
+        self.runner = Runner(
+            decoder,
+            kv_cache,
+            self.adapter_pool,
+            max_num_tokens=settings.max_num_batched_tokens,
+            max_num_seqs=settings.max_num_seqs,
+            max_model_len=self.max_model_len,
+        )
         prefix_writer = PrefixWriter(decoder, kv_cache, settings.max_num_batched_tokens)
         self.prefix_pool = PrefixPool(self.block_pool, prefix_writer, self.max_model_len, on_loaded=on_loaded)
         self.adapters = ResidentAdapters(self.adapter_pool, self.prefix_pool)

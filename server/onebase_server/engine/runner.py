@@ -3,6 +3,7 @@
 The one place where sequences (Python) meet tensors. It decides nothing: what to compute is the scheduler's choice.
 """
 
+from collections.abc import Iterable
 from itertools import accumulate
 
 import torch
@@ -22,13 +23,22 @@ from onebase_server.model.kv_cache import KvCache
 class Runner:
     """Executes batches on one decoder, one KV cache and one pool of adapters."""
 
-    def __init__(self, decoder: Decoder, kv_cache: KvCache, adapter_pool: AdapterPool, max_num_tokens: int) -> None:
-        """`max_num_tokens` are the most of a step."""
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv_cache: KvCache,
+        adapter_pool: AdapterPool,
+        *,
+        max_num_tokens: int,
+        max_num_seqs: int,
+        max_model_len: int,
+    ) -> None:
+        """A step has at most `max_num_tokens` of `max_num_seqs` sequences, each at most `max_model_len` tokens long."""
         self.decoder = decoder
         self.adapter_pool = adapter_pool
         self.block_size = kv_cache.block_size
-        self.device = adapter_pool.arena.device
-        self._forward = kernels.record(lambda inputs: decoder.forward(inputs, kv_cache), max_num_tokens)
+        largest = self._largest_step(max_num_tokens, min(max_num_seqs, max_num_tokens), max_model_len)
+        self._forward = kernels.record(lambda inputs: decoder.forward(inputs, kv_cache), largest)
 
     @property
     def activation_bytes(self) -> int:
@@ -41,15 +51,23 @@ class Runner:
         if not batch:
             return []
         inputs = StepInputs(
-            token_ids=self._tensor([t for e in batch.scheduled for t in e.sequence.tokens_at(e.start, e.stop)]),
-            positions=self._tensor([position for e in batch.scheduled for position in range(e.start, e.stop)]),
+            token_ids=torch.tensor([t for e in batch.scheduled for t in e.sequence.tokens_at(e.start, e.stop)]),
+            positions=torch.tensor([position for e in batch.scheduled for position in range(e.start, e.stop)]),
             attention=self._attention(batch),
             lora=self._lora(batch),
         )
         return self._collect(batch, self._forward(inputs))
 
-    def _tensor(self, values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)
+    def _largest_step(self, num_tokens: int, num_seqs: int, context_len: int) -> StepInputs:
+        """What stands for all steps: the last sequence has all tokens that the others leave."""
+        numbers = torch.zeros(num_tokens, dtype=torch.int64)
+        attention = AttentionBatch(
+            query_starts=(*range(num_seqs), num_tokens),
+            context_lens=(context_len,) * num_seqs,
+            block_tables=torch.zeros(num_seqs, -(-context_len // self.block_size), dtype=torch.int32),
+            slot_mapping=numbers,
+        )
+        return StepInputs(numbers, numbers, attention, self._lora_of(()))
 
     def _attention(self, batch: Batch) -> AttentionBatch:
         tables = [entry.sequence.block_table for entry in batch.scheduled]
@@ -63,10 +81,8 @@ class Runner:
         return AttentionBatch(
             query_starts=tuple(accumulate((entry.num_tokens for entry in batch.scheduled), initial=0)),
             context_lens=tuple(entry.stop for entry in batch.scheduled),
-            block_tables=torch.tensor(
-                [table + [0] * (widest - len(table)) for table in tables], dtype=torch.int32, device=self.device
-            ),
-            slot_mapping=self._tensor(slot_mapping),
+            block_tables=torch.tensor([table + [0] * (widest - len(table)) for table in tables], dtype=torch.int32),
+            slot_mapping=torch.tensor(slot_mapping),
         )
 
     def _lora(self, batch: Batch) -> LoraBatch:
@@ -81,6 +97,9 @@ class Runner:
                 else:
                     segments.append(Segment(slot, start, stop))
             start = stop
+        return self._lora_of(segments)
+
+    def _lora_of(self, segments: Iterable[Segment]) -> LoraBatch:
         pool = self.adapter_pool
         return LoraBatch(pool.arena, pool.table.flatten(0, 1), tuple(segments), pool.max_rank, pool.alignment)
 
@@ -95,7 +114,7 @@ class Runner:
         tokens: dict[int, int] = {}
         logprobs: dict[int, Logprob] = {}
         if sampling:
-            logits = self.decoder.compute_logits(hidden[self._tensor([stops[i] - 1 for i in sampling])])
+            logits = self.decoder.compute_logits(hidden[torch.tensor([stops[i] - 1 for i in sampling])])
             tokens, logprobs = self._sample(batch, sampling, logits)
         return [Sampled(tokens.get(i), logprobs.get(i), prompt_logprobs[i]) for i in range(len(batch.scheduled))]
 

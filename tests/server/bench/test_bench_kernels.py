@@ -239,7 +239,6 @@ def test_presets_have_the_size_of_their_name(shape: str, parameters: int) -> Non
         (["--shape", "8b", "--ops", "silu_mul,softmax"], "there is no op softmax. There are nf4_linear,"),
         (["--shape", "8b", "--rows", "0"], "--rows is wrong"),
         (["--base", "/not/there"], "/not/there holds no config.json"),
-        (["--shape", "8b", "--device", "cpu", "--kernels", "triton"], "cannot compute on cpu here"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(bench_kernels: Callable[..., Result], options: list[str], message: str) -> None:

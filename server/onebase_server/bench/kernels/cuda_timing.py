@@ -1,13 +1,15 @@
 """Timing on a CUDA device: graphs of calls are replayed between two events, so that no launch from Python is timed."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from onebase_kernels import StepInputs
+from onebase_kernels.cuda_graph import CapturedGraph
 from onebase_server.bench.kernels import timing
 from onebase_server.bench.kernels.timing import Burst, Clock, Run
-from onebase_server.bench.kernels.trial import Call, Contender
+from onebase_server.bench.kernels.trial import Contender
 
 
 def event_clock(run: Run, times: int) -> float:
@@ -26,18 +28,5 @@ def make_burst(contender: Contender, steps: Sequence[StepInputs], clock: Clock) 
     if not contender.is_recordable:
         return timing.make_burst(contender, steps, clock)
     groups = timing.group_calls(contender, steps[0], clock)
-    return timing.burst_of([_capture(group, step) for step in steps for group in groups], len(groups[0]))
-
-
-def _capture(group: Sequence[Call], step: StepInputs) -> Run:
-    # Libraries may set up a workspace for each stream when it first computes, which must not happen during capture.
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call] # torch has no types for it
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        group[0](step)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in group:
-            call(step)
-    return graph.replay
+    graphs = [CapturedGraph(partial(timing.run_calls, group, step)) for step in steps for group in groups]
+    return timing.burst_of(graphs, len(groups[0]))

@@ -68,11 +68,8 @@ def wall_clock(run: Run, times: int) -> float:
 def make_burst(contender: Contender, steps: Sequence[StepInputs], clock: Clock) -> Burst:
     """A contender's calls as programs, all of them for each step in turn."""
     groups = group_calls(contender, steps[0], clock)
-    token_ids = steps[0].token_ids
     is_recorded = contender.backend is not None and contender.is_recordable
-    programs = [
-        _record(group, len(token_ids), token_ids.device) if is_recorded else partial(_run, group) for group in groups
-    ]
+    programs = [_record(group, steps[0]) if is_recorded else partial(run_calls, group) for group in groups]
     return burst_of([partial(program, step) for step in steps for program in programs], len(groups[0]))
 
 
@@ -128,19 +125,20 @@ def choose_times(run: Run, clock: Clock) -> int:
     return times
 
 
-def _record(group: Sequence[Call], rows: int, device: torch.device) -> Callable[[StepInputs], object]:
+def _record(group: Sequence[Call], step: StepInputs) -> Callable[[StepInputs], object]:
     """The calls as a program of the back end; a norm of a few numbers ends it, for a step has to return a result."""
-    x = torch.ones(rows, _RESULT_SIZE, dtype=torch.bfloat16, device=device)
+    x = torch.ones(len(step.token_ids), _RESULT_SIZE, dtype=torch.bfloat16, device=step.token_ids.device)
     weight = x.new_ones(_RESULT_SIZE)
 
     def forward(step: StepInputs) -> Tensor:
-        _run(group, step)
+        run_calls(group, step)
         return kernels.rms_norm(x, weight, eps=1e-6)
 
-    return kernels.record(forward, rows)
+    return kernels.record(forward, step)
 
 
-def _run(group: Sequence[Call], step: StepInputs) -> None:
+def run_calls(group: Sequence[Call], step: StepInputs) -> None:
+    """All calls of a group, in a step."""
     for call in group:
         call(step)
 

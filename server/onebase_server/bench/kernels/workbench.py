@@ -74,7 +74,7 @@ class Workbench:
         return max(1, min(-(-wanted // nbytes), possible))
 
     def rivals(self, *peers: BackendName) -> tuple[BackendName, ...]:
-        """The back end that is timed, then those of `peers`, which compute the op in a way of their own, that can run."""
+        """The back end that is timed, then those of `peers` (they have a way of their own) that can run here."""
         runnable = (peer for peer in peers if why_not(peer, self.device.type) is None)
         return tuple(dict.fromkeys((self.backend, *runnable)))
 

@@ -1,0 +1,34 @@
+"""CUDA graphs: what a function launches is captured once, and replayed with a single launch."""
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+
+R = TypeVar("R")
+
+
+class CapturedGraph(Generic[R]):
+    """What a function launches; to be called as the function is."""
+
+    def __init__(self, run: Callable[[], R], pool: Any = None) -> None:
+        """Call `run` twice: it must launch the same each time, on memory that stays, and never wait for the device.
+
+        What it returns the second time is returned by each replay, which writes it anew. Graphs of one `pool`
+        (`torch.cuda.graph_pool_handle()`) share their memory, so no two of them may run at the same time.
+        """
+        # Kernels are compiled and libraries set up workspaces on the first call, which must not happen during capture.
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call] # torch has no types for it
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._run = run  # kept with all that it reads
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream):
+            self._result = run()
+
+    def __call__(self) -> R:
+        """Replay it."""
+        self._graph.replay()
+        return self._result
