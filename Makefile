@@ -6,9 +6,11 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# What runs on a GPU: the virtual environment if there is one, else the machine's own Python, and nothing is installed.
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-gpu check format bench
+.PHONY: help install serve test test-gpu check format bench bench-gpu
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,11 +30,9 @@ test: install ## Run the whole suite (ARGS= goes to pytest)
 	@$(BIN)/onebase demo
 	$(BIN)/python -m pytest $(ARGS)
 
-# On the machine as it is: torch, Triton, Transformers and pytest are enough, nothing is installed. The variable is what
-# cuBLAS wants for results that repeat themselves.
+# torch, Triton, Transformers and pytest are enough. The variable is what cuBLAS wants for results that repeat themselves.
 test-gpu: export PYTHONPATH := kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
 test-gpu: export CUBLAS_WORKSPACE_CONFIG := :4096:8
-test-gpu: GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 test-gpu: ## Test the GPU's kernels on the GPU at hand, whole numbers first (PYTHON= if there is no .venv, ARGS=)
 	$(GPU_PYTHON) -m pytest --confcutdir=tests/gpu tests/gpu $(ARGS)
 	$(GPU_PYTHON) -m pytest --confcutdir=tests/kernels tests/kernels/triton tests/kernels/test_linear.py \
@@ -50,3 +50,11 @@ format: install ## Rewrite the code in the project's format
 bench: install ## Time the demo server under a short load (ARGS= goes to `onebase bench`)
 	@$(BIN)/onebase demo
 	$(BIN)/onebase bench --demo $(ARGS)
+
+# torch, Triton, Typer, Rich, psutil, Matplotlib and pydantic-settings are enough. WHEELS= is a folder of wheels of what is
+# missing, which are unpacked beside the checkout's build outputs.
+GPU_PACKAGES := build/gpu-packages
+bench-gpu: export PYTHONPATH := kernels:server:adapters_store:$(GPU_PACKAGES)$(if $(PYTHONPATH),:$(PYTHONPATH))
+bench-gpu: ## Time the kernels on the GPU at hand, in the shapes of an 8B model (WHEELS= if packages are missing, ARGS=)
+	$(if $(WHEELS),$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target $(GPU_PACKAGES) $(WHEELS)/*.whl)
+	$(GPU_PYTHON) -m onebase_server.commands.bench_kernels --device cuda --shape 8b $(ARGS)

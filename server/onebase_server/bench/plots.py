@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 
 from onebase_server.bench.comparison import LoadComparison
 from onebase_server.bench.measure import Measurement
+from onebase_server.bench.results_file import DOTS_PER_INCH
 from onebase_server.bench.scale import Series
 from onebase_server.bench.summary import inter_token_seconds
-
-DOTS_PER_INCH = 120
 
 Array = NDArray[np.float64]
 

@@ -1,16 +1,12 @@
-"""Measurements as a table for the terminal and as JSON for whoever compares them later."""
+"""Measurements as tables for the terminal and as fields for the JSON file."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from onebase_server.bench.comparison import LoadComparison
-from onebase_server.bench.machine import Machine, describe_versions
 from onebase_server.bench.measure import Measurement
 from onebase_server.bench.memory import TreeMemory
 from onebase_server.bench.scale import Series
@@ -18,9 +14,6 @@ from onebase_server.bench.summary import Percentiles, RunSummary
 from onebase_server.bench.target import Target
 
 UNKNOWN = "?"
-FORMAT = 1
-"""Raise it when a field of the JSON changes its meaning."""
-
 
 _THROUGHPUT = {
     "output tokens/s": "output_tokens_per_second",
@@ -91,19 +84,6 @@ def describe_measurement(measurement: Measurement) -> dict[str, Any]:
         "memory": memory and {"rss": memory.rss, "pss": memory.pss, **asdict(memory)},
         "notes": measurement.notes,
     }
-
-
-def write_json(path: Path, machine: Machine, results: dict[str, Any]) -> None:
-    """Write results with the machine they were measured on; a file of that name is replaced."""
-    document = {
-        "format": FORMAT,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": asdict(machine),
-        "versions": describe_versions(),
-        **results,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2) + "\n")
 
 
 def series_table(series: Series) -> Table:

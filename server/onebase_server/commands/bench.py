@@ -48,6 +48,7 @@ def bench(context: typer.Context, output: OutputOption = DEFAULT_OUTPUT, **flags
     from onebase_server.bench import plots, report
     from onebase_server.bench.machine import describe_machine
     from onebase_server.bench.measure import measure, request_progress
+    from onebase_server.bench.results_file import write_json
     from onebase_server.bench.target import open_target
 
     choice, load = read_flags(ServerChoice, flags), read_flags(Load, flags)
@@ -65,7 +66,7 @@ def bench(context: typer.Context, output: OutputOption = DEFAULT_OUTPUT, **flags
     print_notes(measurement.notes)
     path = new_file(output, "load")
     server = report.describe_target(target)
-    report.write_json(path, machine, {"server": server, **report.describe_measurement(measurement)})
+    write_json(path, machine, {"server": server, **report.describe_measurement(measurement)})
     plots.plot_latencies(path.with_suffix(".png"), measurement)
     console.print(f"Written: {path} and its .png")
 
@@ -81,6 +82,7 @@ def scale(output: OutputOption = DEFAULT_OUTPUT, **flags: Any) -> None:
     require_extra()
     from onebase_server.bench import plots, report
     from onebase_server.bench.machine import describe_machine
+    from onebase_server.bench.results_file import write_json
     from onebase_server.bench.scale import Series, measure_by_count, measure_by_rank
     from onebase_server.bench.target import open_target
 
@@ -102,7 +104,7 @@ def scale(output: OutputOption = DEFAULT_OUTPUT, **flags: Any) -> None:
             for one in growing:
                 described = [report.describe_series(series) for series in (*finished, one)]
                 # after each load, for all may take hours, and the next one may be interrupted
-                report.write_json(path, machine, {"server": report.describe_target(target), "series": described})
+                write_json(path, machine, {"server": report.describe_target(target), "series": described})
             finished.append(one)
     for one in finished:
         console.print(report.series_table(one))
@@ -124,6 +126,7 @@ def compare(server: ServerOption, output: OutputOption = DEFAULT_OUTPUT, **flags
     from onebase_server.bench.comparison import LoadComparison
     from onebase_server.bench.comparison import compare as compare_servers
     from onebase_server.bench.machine import describe_machine
+    from onebase_server.bench.results_file import write_json
     from onebase_server.bench.target import running_target
 
     choices = read_compared_servers(server, read_flags(Vocabulary, flags))
@@ -138,7 +141,7 @@ def compare(server: ServerOption, output: OutputOption = DEFAULT_OUTPUT, **flags
         comparisons.append(comparison)
         described = [report.describe_comparison(one) for one in comparisons]
         # after each load, for it may take an hour, and the next one may be interrupted
-        report.write_json(path, machine, {"servers": servers, "comparisons": described})
+        write_json(path, machine, {"servers": servers, "comparisons": described})
     console.print(report.comparison_table(comparisons))
     print_notes([note for one in comparisons for note in one.notes])
     plots.plot_comparison(path.with_suffix(".png"), comparisons)

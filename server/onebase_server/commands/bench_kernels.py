@@ -1,7 +1,9 @@
-"""`onebase bench kernels`."""
+"""`onebase bench kernels`; as `python -m onebase_server.commands.bench_kernels` it needs no package of the server's."""
 
 from itertools import groupby
 from typing import Any
+
+import typer
 
 from onebase_server.bench.kernels.options import KernelOptions, read_config
 from onebase_server.commands.bench_results import DEFAULT_OUTPUT, OutputOption, console, new_file, require_extra
@@ -21,7 +23,7 @@ def kernels(output: OutputOption = DEFAULT_OUTPUT, **flags: Any) -> None:
     from onebase_server.bench.kernels.cases import list_cases
     from onebase_server.bench.kernels.measure import measure_cases, rooflines_of, set_up
     from onebase_server.bench.machine import describe_machine
-    from onebase_server.bench.report import write_json
+    from onebase_server.bench.results_file import write_json
     from onebase_server.model.weights import resolve_device
 
     config = read_config(options)
@@ -42,3 +44,7 @@ def kernels(output: OutputOption = DEFAULT_OUTPUT, **flags: Any) -> None:
     for op, of_op in groupby(trials, key=lambda trial: trial.op):
         plots.plot_op(path.with_name(f"{path.stem}-{op.strip('_')}.png"), list(of_op), rooflines)
     console.print(f"Written: {path} and a .png for each op")
+
+
+if __name__ == "__main__":
+    typer.run(kernels)

@@ -1,4 +1,4 @@
-"""Decode steps from buffers that stay, filled up to a bucket: what graphs replay; on a GPU also the graphs themselves."""
+"""Decode steps from buffers that stay, filled up to a bucket: what graphs replay, and on a GPU graphs themselves."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

@@ -1,6 +1,8 @@
 """`onebase bench kernels` on a tiny base: the same ops, contenders, formulas and files as on a large one."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -246,6 +248,26 @@ def test_what_is_wrong_is_one_sentence(bench_kernels: Callable[..., Result], opt
     assert result.exit_code == 1
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+def test_it_runs_without_the_packages_of_the_server(word_base: Path, tmp_path: Path) -> None:
+    """As `make bench-gpu` does, on a machine that has little besides torch."""
+    program = f"""
+import runpy, sys
+missing = ["bitsandbytes", "fastapi", "gguf", "httptools", "msgspec", "prometheus_client", "sqlalchemy", "uvicorn"]
+sys.modules.update(dict.fromkeys(missing))
+from onebase_server.bench.kernels import measure, rooflines, timing
+rooflines.MEMORY_BYTES, rooflines.GEMM_SIZES = {MEBIBYTE}, {{"cpu": (64,)}}
+measure.last_level_cache_bytes, timing.MEASUREMENT_SECONDS, timing.SETTLE_SECONDS = lambda _: {MEBIBYTE}, 1e-4, 0
+options = ["--base", "{word_base}", "--device", "cpu", "--ops", "silu_mul,nf4_linear", "--rows", "1", "--repeats", "1"]
+sys.argv[1:] = [*options, "--threads", "1", "--output", "{tmp_path}"]
+runpy.run_module("onebase_server.commands.bench_kernels", run_name="__main__")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    (file,) = tmp_path.glob("*-kernels.json")
+    timed = {contender for trial in json.loads(file.read_text())["trials"] for contender in trial["timings"]}
+    assert "bitsandbytes" not in timed
+    assert {"reference", DENSE} <= timed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from onebase_server.bench.kernels.measure import TimedTrial
 from onebase_server.bench.kernels.rooflines import Rooflines
-from onebase_server.bench.plots import DOTS_PER_INCH
+from onebase_server.bench.results_file import DOTS_PER_INCH
 
 
 def plot_op(path: Path, trials: Sequence[TimedTrial], rooflines: Rooflines) -> None:

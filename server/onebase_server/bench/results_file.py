@@ -1,0 +1,27 @@
+"""The JSON file of a benchmark's results, with the machine and the versions that they were measured on."""
+
+import json
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from onebase_server.bench.machine import Machine, describe_versions
+
+FORMAT = 1
+"""Raise it when a field of the JSON changes its meaning."""
+DOTS_PER_INCH = 120
+"""Of the plots beside the file."""
+
+
+def write_json(path: Path, machine: Machine, results: dict[str, Any]) -> None:
+    """Write results with the machine they were measured on; a file of that name is replaced."""
+    document = {
+        "format": FORMAT,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": asdict(machine),
+        "versions": describe_versions(),
+        **results,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=2) + "\n")
