@@ -11,7 +11,7 @@ from onebase_kernels.nf4 import Nf4Weight, PackedNf4
 from onebase_kernels.triton import attention, elementwise
 from onebase_kernels.triton import lora as side_path
 from onebase_kernels.triton import nf4_linear as nf4
-from onebase_kernels.triton.graphs import DecodeGraphs
+from onebase_kernels.triton.graphs import DecodeGraphs, NotCapturable, check_known_on_host
 from onebase_kernels.triton.nf4_packing import FragmentNf4, can_pack, pack
 from onebase_kernels.triton.plans import measured_plans
 
@@ -28,7 +28,10 @@ def pack_nf4(weights: Sequence[Nf4Weight]) -> PackedNf4:
 
 def record(forward: Callable[[StepInputs], Tensor], largest: StepInputs) -> Callable[[StepInputs], Tensor]:
     """As `reference.record`: steps in which all requests decode become CUDA graphs, for all sizes here and now."""
-    return DecodeGraphs(forward, largest)
+    try:
+        return DecodeGraphs(forward, largest)
+    except NotCapturable:
+        return reference.record(forward, largest)
 
 
 def nf4_linear(x: Tensor, packed: PackedNf4, bias: Tensor | None = None) -> Tensor:
@@ -48,6 +51,7 @@ def head_logits(hidden: Tensor, head: Tensor | PackedNf4) -> Tensor:
 def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequence[int]) -> None:
     """As `reference.add_lora_`, all segments and slices in two launches."""
     if not _are_alike(y, x, lora.arena) or not _are_plain(y, x, lora.arena, lora.table):
+        check_known_on_host(lora)
         reference.add_lora_(y, x, lora, place, widths)
         return
     side_path.add_lora_(y, x, lora, place, widths)
@@ -57,6 +61,7 @@ def write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Att
     """As `reference.write_kv_`; slot -1 is written nowhere."""
     is_plain = _have_plain_tokens(k, v) and _are_plain(k_cache, v_cache, batch.slot_mapping)
     if not is_plain or not _are_alike(k, v, k_cache, v_cache):
+        check_known_on_host(batch)
         reference.write_kv_(k, v, k_cache, v_cache, batch)
         return
     elementwise.write_kv_(k, v, k_cache, v_cache, batch)
@@ -68,6 +73,7 @@ def paged_attention(
     """As `reference.paged_attention`, on the cache as it lies: nothing is gathered."""
     is_plain = _have_plain_tokens(q) and _are_plain(k_cache, v_cache, batch.block_tables)
     if not is_plain or not _are_alike(q, k_cache, v_cache):
+        check_known_on_host(batch)
         return sdpa_attention.paged_attention(q, k_cache, v_cache, batch, scale, window)
     return attention.paged_attention(q, k_cache, v_cache, batch, scale, window)
 

@@ -9,7 +9,7 @@ Without a GPU, in Triton's interpreter, the same buffers and fillings are used, 
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -17,7 +17,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from onebase_kernels.batch import LoraBatch, StepInputs
+from onebase_kernels.batch import AttentionBatch, LoraBatch, Segment, StepInputs
 from onebase_kernels.cuda_graph import CapturedGraph
 from onebase_kernels.triton.attention import DecodeBatch
 from onebase_kernels.triton.lora import DECODE_TOKENS, DecodeLoraBatch, cut
@@ -27,8 +27,19 @@ BUCKETS = (1, 2, 4, 8, *range(16, 257, 8))
 MAX_RANK = 1024
 """Of an adapter at one place, all slices together; a step with more is computed op by op."""
 
+_PREFILL_TOKENS = (16, 32, 64, 128, 256, 512)  # in each, some kernel is another than in the one before
 _ALIGNMENT = 16  # bytes: kernels are compiled anew for pointers of less
 _NOWHERE = -1  # the slot of a row that only fills up: of the KV cache, or of the adapters
+
+
+class NotCapturable(Exception):
+    """A step cannot become a graph: an op would have to know on the host what only the device knows."""
+
+
+def check_known_on_host(batch: AttentionBatch | LoraBatch) -> None:
+    """Raise NotCapturable if torch's version of an op, which asks the host, cannot compute for this batch."""
+    if isinstance(batch, DecodeBatch | DecodeLoraBatch):
+        raise NotCapturable(f"{type(batch).__name__} says on the device alone who is in the step.")
 
 
 def buckets_for(tokens: int) -> tuple[int, ...]:
@@ -146,7 +157,10 @@ class DecodeGraphs:
     """`forward`, for any step: by graphs if all of its requests decode, else op by op."""
 
     def __init__(self, forward: Callable[[StepInputs], Tensor], largest: StepInputs) -> None:
-        """Capture all sizes up to `largest`, which `reference.record` describes."""
+        """Capture all sizes up to `largest`, which `reference.record` describes, and compile what prefill needs.
+
+        Raises NotCapturable if `forward` needs to know on the host what is in a step.
+        """
         self._forward = forward
         self._device = largest.lora.arena.device
         self._max_blocks = largest.attention.block_tables.shape[1]
@@ -157,6 +171,8 @@ class DecodeGraphs:
             for has_adapters in (False, True)
         }
         if self._device.type == "cuda":
+            for prefill in prefill_steps(largest):
+                forward(prefill)
             pool = torch.cuda.graph_pool_handle()
             for step in self._steps.values():  # the largest first, whose memory the others find free again
                 step.capture(pool)
@@ -175,6 +191,31 @@ class DecodeGraphs:
             and step.attention.block_tables.shape[1] <= self._max_blocks
             and (not lora.segments or (lora.max_rank is not None and lora.max_rank <= MAX_RANK))
         )
+
+
+def prefill_steps(largest: StepInputs) -> Iterator[StepInputs]:
+    """Steps that between them use all kernels of prefill, and so have them compiled; they write nothing anywhere.
+
+    Each has a request that decodes, and one with all other tokens, under an adapter of rank 0.
+    """
+    lora, device = largest.lora, largest.lora.arena.device
+    longest = max(largest.attention.context_lens)
+    max_blocks = largest.attention.block_tables.shape[1]
+    nobody = torch.zeros(lora.table.shape[0], 1, lora.table.shape[2], dtype=lora.table.dtype, device=device)
+    for tokens in _PREFILL_TOKENS:
+        if tokens > min(len(largest.token_ids), longest):
+            return
+        numbers = torch.zeros(tokens, dtype=torch.int64, device=device)
+        segments = (Segment(0, 0, 1), Segment(0, 1, tokens))
+        for context_len in sorted({tokens, longest}):
+            attention = AttentionBatch(
+                query_starts=(0, 1, tokens),
+                context_lens=(context_len, context_len),
+                block_tables=torch.zeros(2, max_blocks, dtype=torch.int32, device=device),
+                slot_mapping=torch.full_like(numbers, _NOWHERE),
+            )
+            adapters = LoraBatch(lora.arena, nobody, segments, MAX_RANK, lora.alignment)
+            yield StepInputs(numbers, numbers, attention, adapters)
 
 
 def _put(target: Tensor, rows: Sequence[object]) -> None:

@@ -11,7 +11,7 @@ import onebase_kernels as kernels
 from onebase_kernels import Segment, StepInputs
 from onebase_kernels.triton import graphs
 from onebase_kernels.triton.attention import DecodeBatch
-from onebase_kernels.triton.graphs import BUCKETS, DecodeGraphs, buckets_for
+from onebase_kernels.triton.graphs import BUCKETS, DecodeGraphs, NotCapturable, buckets_for
 from onebase_kernels.triton.plans import default_plan
 
 from ..small_model import BLOCKS, SmallModel
@@ -124,6 +124,26 @@ def test_a_graph_is_replayed_without_python() -> None:
     recorded = Recorded()
     recorded.check(recorded.decode(3, [Segment(1, 0, 2)]))
     assert not recorded.seen
+
+
+def test_steps_that_compile_prefill_write_nothing() -> None:
+    recorded = Recorded()
+    before = [cache.clone() for cache in (recorded.model.k_caches, recorded.model.v_caches)]
+    largest = recorded.model.step([0] * 20, [32, 32], [list(range(BLOCKS))] * 2, query_lens=[1, 19])
+    steps = list(graphs.prefill_steps(largest))
+    assert [(len(step.token_ids), step.attention.context_lens[1]) for step in steps] == [(16, 16), (16, 32)]
+    for step in steps:
+        recorded.model.forward(step)
+    for cache, copy in zip((recorded.model.k_caches, recorded.model.v_caches), before, strict=True):
+        assert torch.equal(cache, copy)
+
+
+def test_what_only_the_device_knows_never_reaches_an_op_that_asks_the_host() -> None:
+    model = SmallModel()
+    model.arena = model.arena.half()  # which the kernels do not mix with fp32
+    step = model.step([9], [7], [[3, 5]], [Segment(1, 0, 1)])
+    with pytest.raises(NotCapturable, match="DecodeLoraBatch says on the device alone who is in the step"):
+        DecodeGraphs(model.forward, model.largest_step())(step)
 
 
 def test_a_step_may_lie_on_the_host() -> None:
