@@ -47,6 +47,7 @@ __all__ = [
     "rms_norm",
     "set_num_threads",
     "silu_mul",
+    "start_lora",
     "use_backend",
     "write_kv_",
 ]
@@ -85,6 +86,7 @@ record = _dispatched(reference.record)
 embed = _dispatched(reference.embed)
 nf4_linear = _dispatched(reference.nf4_linear)
 dense_linear = _dispatched(reference.dense_linear)
+start_lora = _dispatched(reference.start_lora)
 add_lora_ = _dispatched(reference.add_lora_)
 write_kv_ = _dispatched(reference.write_kv_)
 paged_attention = _dispatched(reference.paged_attention)
@@ -98,7 +100,7 @@ set_num_threads = _dispatched(reference.set_num_threads)
 
 OPS = (
     *(pack_nf4, pack_dense, allocate, allocate_kv, record, set_num_threads),
-    *(embed, nf4_linear, dense_linear, add_lora_, write_kv_, paged_attention),
+    *(embed, nf4_linear, dense_linear, start_lora, add_lora_, write_kv_, paged_attention),
     *(rms_norm, add_rms_norm_, apply_rope_, silu_mul, head_logits, choose_tokens),
 )
 """Everything that a back end may compute."""

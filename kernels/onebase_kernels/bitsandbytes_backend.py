@@ -21,7 +21,7 @@ def nf4_linear(x: Tensor, packed: PackedNf4, bias: Tensor | None = None) -> Tens
     return join_linears(packed, lambda weight: _linear(x, weight), bias)
 
 
-def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequence[int]) -> None:
+def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequence[int], started: object = None) -> None:
     """As `reference.add_lora_`, a segment at a time: one product for all slices' A, then one for each slice's B."""
     for slot, start, stop in lora.segments:
         # On the CPU a bf16 product costs some 20 µs before it starts, more than a few rows take in fp32.

@@ -65,7 +65,15 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return F.linear(x, weight, bias)
 
 
-def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequence[int]) -> None:
+def start_lora(x: Tensor, lora: LoraBatch, place: int) -> object:
+    """Begin what `add_lora_` can compute before there is a y, to run beside the product that makes y.
+
+    What is returned goes to `add_lora_`, which must follow; None where nothing has begun.
+    """
+    return None
+
+
+def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequence[int], started: object = None) -> None:
     """Add each segment's adapter to its rows of y: `y[start:stop, slice i] += (x[start:stop] Aᵢᵀ) Bᵢᵀ`.
 
     Then, in the slices that have an epilogue, `y ← (1 + gainᵢ) ⊙ y + shiftᵢ`, alike for all rows of the segment (DoRA's
@@ -74,7 +82,8 @@ def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequenc
     epilogues)`: at `offset` lie A₀… stacked as [Σrᵢ, K], then each Bᵢ transposed, [rᵢ, Nᵢ], the scale folded in, then
     gainᵢ and shiftᵢ, [Nᵢ] each, of every slice whose bit i is set in `epilogues`. A gain is the factor less one, as
     that is near 0, where bfloat16 is finer than near 1. Rank 0 is a slice without a low-rank update; rows of y in no
-    segment are not touched. (LoRA, arXiv 2106.09685; the batched form is Punica's, arXiv 2310.18547.)
+    segment are not touched. `started` is what `start_lora` returned for the same x and place. (LoRA, arXiv 2106.09685;
+    the batched form is Punica's, arXiv 2310.18547.)
     """
     for slot, start, stop in lora.segments:
         add_adapter_(y[start:stop], x[start:stop], lora.arena, lora.table[place, slot], widths, torch.float32)

@@ -44,8 +44,9 @@ class SmallModel:
         hidden = kernels.embed(inputs.token_ids, self.table)
         normed = kernels.rms_norm(hidden, self.norm, 1e-5)
         for layer in range(LAYERS):
+            started = kernels.start_lora(normed, inputs.lora, layer)
             qkv = kernels.nf4_linear(normed, self.qkv[layer], self.bias)
-            kernels.add_lora_(qkv, normed, inputs.lora, layer, (HIDDEN, 32, 32))
+            kernels.add_lora_(qkv, normed, inputs.lora, layer, (HIDDEN, 32, 32), started)
             q, k, v = torch.split(qkv.view(rows, -1, HEAD_DIM), [HEADS, KV_HEADS, KV_HEADS], dim=1)
             q = kernels.rms_norm(q, self.head_norm, 1e-5)
             kernels.apply_rope_(q, k, self.cos, self.sin, inputs.positions)

@@ -137,7 +137,7 @@ def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> 
     run(call, Step(rows=x.shape[0]))
 
 
-def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequence[int]) -> None:
+def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequence[int], started: object = None) -> None:
     """As `reference.add_lora_`, all segments and slices in one call."""
     if y.dtype not in DTYPES or not _are_plain(y, x, lora.arena, lora.table):
         reference.add_lora_(y, x, lora, place, widths)

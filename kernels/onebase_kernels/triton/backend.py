@@ -48,13 +48,19 @@ def head_logits(hidden: Tensor, head: Tensor | PackedNf4) -> Tensor:
     return nf4.nf4_linear(hidden, head).float()
 
 
-def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequence[int]) -> None:
+def start_lora(x: Tensor, lora: LoraBatch, place: int) -> object:
+    """As `reference.start_lora`: in a CUDA graph the shrink runs on a stream of its own."""
+    is_carried = _are_alike(x, lora.arena) and _are_plain(x, lora.arena, lora.table)
+    return side_path.start(x, lora, place) if is_carried else None
+
+
+def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequence[int], started: object = None) -> None:
     """As `reference.add_lora_`, all segments and slices in two launches."""
     if not _are_alike(y, x, lora.arena) or not _are_plain(y, x, lora.arena, lora.table):
         check_known_on_host(lora)
         reference.add_lora_(y, x, lora, place, widths)
         return
-    side_path.add_lora_(y, x, lora, place, widths)
+    side_path.add_lora_(y, x, lora, place, widths, started if isinstance(started, Tensor) else None)
 
 
 def write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> None:

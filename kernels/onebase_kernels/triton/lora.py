@@ -9,6 +9,7 @@ tiles alone. (Punica, arXiv 2310.18547; S-LoRA, arXiv 2311.03285.)
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -179,23 +180,62 @@ class Tiles:
     """The most ranks that any of the adapters has at one place, in all slices together."""
 
 
-def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequence[int]) -> None:
+def start(x: Tensor, lora: LoraBatch, place: int) -> Tensor | None:
+    """Have the shrink run beside what comes next, in a CUDA graph: elsewhere a fork costs more than it saves.
+
+    The planes are for `add_lora_`, which waits for them; None if nothing has begun.
+    """
+    tiles = plan(lora)
+    if tiles is None or not x.is_cuda or not torch.cuda.is_current_stream_capturing():
+        return None
+    planes = _planes(x, tiles)  # of this stream, so that nobody else gets their memory before they are used
+    stream = _side_stream(x.device)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        _shrink(planes, x, tiles, lora, place)
+    return planes
+
+
+def add_lora_(
+    y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequence[int], started: Tensor | None = None
+) -> None:
     """As `reference.add_lora_`, for matrices without gaps."""
     tiles = plan(lora)
     if tiles is None:
         return
-    (num_tokens, in_features), (tokens, ranks, splits, outputs) = x.shape, tiles.tiling
-    plane_stride = triton.cdiv(tiles.max_rank, 16) * 16
-    planes = torch.empty(splits, num_tokens, plane_stride, dtype=torch.float32, device=x.device)
-    operands = (lora.arena, lora.table[place], tiles.table, planes, num_tokens, plane_stride, in_features)
-    shrink_kernel[(len(tiles.table), splits, _RANK_PARTS)](
-        *(x, *operands, lora.alignment, splits, _RANK_PARTS, tokens, ranks, _INPUT_BYTES // x.element_size())
-    )
+    if started is None:
+        planes = _planes(x, tiles)
+        _shrink(planes, x, tiles, lora, place)
+    else:
+        planes = started
+        torch.cuda.current_stream().wait_stream(_side_stream(x.device))
+    tokens, ranks, splits, outputs = tiles.tiling
     blocks = sum(triton.cdiv(width, outputs) for width in widths)
     three_widths = (*widths, 0, 0)[:3]
     expand_kernel[(len(tiles.table), blocks)](
-        *(y, *operands, *three_widths, lora.alignment, splits, tokens, ranks, outputs), num_stages=1
+        *(y, lora.arena, lora.table[place], tiles.table, planes, *planes.shape[1:], x.shape[1], *three_widths),
+        *(lora.alignment, splits, tokens, ranks, outputs),
+        num_stages=1,
     )
+
+
+def _planes(x: Tensor, tiles: Tiles) -> Tensor:
+    """Memory for x Aᵀ: [splits, T, ranks], whose sum it is."""
+    max_rank = triton.cdiv(tiles.max_rank, 16) * 16
+    return torch.empty(tiles.tiling.splits, x.shape[0], max_rank, dtype=torch.float32, device=x.device)
+
+
+def _shrink(planes: Tensor, x: Tensor, tiles: Tiles, lora: LoraBatch, place: int) -> None:
+    tokens, ranks, splits, _ = tiles.tiling
+    shrink_kernel[(len(tiles.table), splits, _RANK_PARTS)](
+        *(x, lora.arena, lora.table[place], tiles.table, planes, *planes.shape[1:], x.shape[1]),
+        *(lora.alignment, splits, _RANK_PARTS, tokens, ranks, _INPUT_BYTES // x.element_size()),
+    )
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 @dataclass(frozen=True, eq=False)

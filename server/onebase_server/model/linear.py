@@ -60,8 +60,9 @@ class LinearGroup:
 
     def __call__(self, x: Tensor, lora: LoraBatch) -> Tensor:
         """Base and adapters, `x Wᵢᵀ + bᵢ` plus the side paths, the projections side by side: [T, in] → [T, ΣN]."""
+        started = kernels.start_lora(x, lora, self.place)
         y = self._base(x)
-        kernels.add_lora_(y, x, lora, self.place, self.widths)
+        kernels.add_lora_(y, x, lora, self.place, self.widths, started)
         return y
 
     def _base(self, x: Tensor) -> Tensor:
