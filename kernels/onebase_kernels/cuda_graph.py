@@ -1,11 +1,18 @@
 """CUDA graphs: what a function launches is captured once, and replayed with a single launch."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 import torch
 
 R = TypeVar("R")
+
+
+@cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """One for all graphs: libraries keep a workspace for every stream that they have computed on."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch has no types for it
 
 
 class CapturedGraph(Generic[R]):
@@ -18,7 +25,7 @@ class CapturedGraph(Generic[R]):
         (`torch.cuda.graph_pool_handle()`) share their memory, so no two of them may run at the same time.
         """
         # Kernels are compiled and libraries set up workspaces on the first call, which must not happen during capture.
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call] # torch has no types for it
+        stream = _capture_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             run()

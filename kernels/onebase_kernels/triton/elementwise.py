@@ -24,7 +24,7 @@ def _normalize(x, weight, cols, size: tl.constexpr, eps):
     return rounded.to(tl.float32) * weights.to(tl.float32)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def rms_norm_kernel(
     x_ptr,
     weight_ptr,
