@@ -19,9 +19,9 @@ constexpr int MAX_DIM_TILES = 4;       // as many sums as there are registers fo
 
 // Memory of one thread, kept between its pieces.
 struct AmxScratch {
-    std::vector<float> scores;      // [keys][MAX_ROWS]
-    std::vector<BFloat16> weights;  // [keys / STEP_KEYS][MAX_ROWS][STEP_KEYS]
-    std::vector<BFloat16> copies;   // keys or values that do not lie as they must
+    AlignedVector<float> scores;      // [keys][MAX_ROWS]
+    AlignedVector<BFloat16> weights;  // [keys / STEP_KEYS][MAX_ROWS][STEP_KEYS]
+    AlignedVector<BFloat16> copies;   // keys or values that do not lie as they must
 };
 
 template <int HEAD>

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import onebase_kernels.cpu.memory as huge_pages
 from onebase_kernels.batch import TABLE_COLUMNS, AttentionBatch, LoraBatch, StepInputs
 from onebase_kernels.cpu.calls import Call, Op, Pointer, Step
 from onebase_kernels.cpu.library import load_library
@@ -59,20 +60,17 @@ class _Recording:
 class Program:
     """The ops of a step of up to `max_rows` tokens. Not to be run by two threads at once: its memory is its own."""
 
-    def __init__(self, calls: Sequence[Call], output: Tensor, keep: object) -> None:
-        """`keep` is whatever the calls point into, besides the output's own memory."""
+    def __init__(self, calls: Sequence[Call], output: Tensor, memory: Tensor, keep: object) -> None:
+        """`memory` is where all results lie, `keep` whatever else the calls point into."""
         self.max_rows = output.shape[0]
+        self.nbytes = memory.nbytes
+        """Bytes of all results."""
         self._calls = calls
         self._output = output
         self._keep = keep
         self._ops = (Op * len(calls))(
             *(Op(ctypes.cast(getattr(library, call.op), Pointer), ctypes.addressof(call)) for call in calls)
         )
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all results."""
-        return self._output.untyped_storage().nbytes()
 
     def __call__(self, inputs: StepInputs) -> Tensor:
         """The last op's result, [T, …]; it lasts until the next step."""
@@ -96,7 +94,7 @@ def record(forward: Callable[[StepInputs], Tensor], max_rows: int) -> Program:
             output = forward(_any_inputs(max_rows))
     finally:
         _recording = None
-    return Program(recording.calls, _lay_out(recording, output), keep=forward)
+    return Program(recording.calls, *_lay_out(recording, output), keep=forward)
 
 
 def step_of(inputs: StepInputs) -> Step:
@@ -191,17 +189,17 @@ class _Buffer:
         return range(self.tensor.data_ptr(), self.tensor.data_ptr() + self.tensor.nbytes)
 
 
-def _lay_out(recording: _Recording, output: Tensor) -> Tensor:
+def _lay_out(recording: _Recording, output: Tensor) -> tuple[Tensor, Tensor]:
     """Move all results into one piece of memory, where those that do not live at the same time may overlap.
 
-    Returns the output in it, which keeps all of it alive.
+    Returns the output in it, and all of it.
     """
     buffers = _lifetimes(recording, output)
     placed: list[_Buffer] = []
     for buffer in sorted(buffers, key=lambda buffer: buffer.first):
         buffer.offset = _lowest_gap(buffer, placed)
         placed.append(buffer)
-    memory = torch.empty(max(buffer.offset + buffer.size for buffer in buffers), dtype=torch.uint8)
+    memory = huge_pages.empty((max(buffer.offset + buffer.size for buffer in buffers),), torch.uint8)
     for call in recording.calls:
         for field, address in _pointers(call):
             if (home := _home(address, buffers)) is not None:
@@ -209,7 +207,7 @@ def _lay_out(recording: _Recording, output: Tensor) -> Tensor:
     home = _home(output.data_ptr(), buffers)
     if home is None:
         raise NotRecordable("the result was not made by an op")
-    return memory[home.offset : home.offset + output.nbytes].view(output.dtype).view(output.shape)
+    return memory[home.offset : home.offset + output.nbytes].view(output.dtype).view(output.shape), memory
 
 
 def _lifetimes(recording: _Recording, output: Tensor) -> list[_Buffer]:

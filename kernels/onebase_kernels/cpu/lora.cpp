@@ -11,6 +11,9 @@
 #include "lora_call.h"
 #include "parallel.h"
 
+#if defined(__AVX512BF16__)
+#include "lora_row.h"
+#endif
 #if defined(__AMX_BF16__)
 #include "lora_amx.h"
 #endif
@@ -47,17 +50,6 @@ template <int N, class T>
 inline void dot_rows(const T* x, int64_t x_stride, const T* a, int64_t k, float* out, int64_t out_stride) {
     F32x16 sums[N] = {};
     int64_t i = 0;
-#if defined(__AVX512BF16__)
-    if constexpr (sizeof(T) == sizeof(BFloat16)) {
-        __m512 pair_sums[N] = {};
-        for (; i + 32 <= k; i += 32) {
-            const __m512bh row = load_raw<__m512bh>(a + i);
-            for (int n = 0; n < N; n++)
-                pair_sums[n] = _mm512_dpbf16_ps(pair_sums[n], load_raw<__m512bh>(x + n * x_stride + i), row);
-        }
-        for (int n = 0; n < N; n++) sums[n] = (F32x16)pair_sums[n];
-    }
-#endif
     for (; i + LANES <= k; i += LANES) {
         const F32x16 row = load(a + i);
         for (int n = 0; n < N; n++) sums[n] += load(x + n * x_stride + i) * row;
@@ -73,6 +65,16 @@ template <class T>
 void shrink(const LoraGroup<T>& group, const ShrinkPiece& piece) {
     const int64_t k = group.num_inputs, rows = piece.segment->stop - piece.segment->start;
     const T* a = group.a(*piece.segment);
+#if defined(__AVX512BF16__)
+    if constexpr (sizeof(T) == sizeof(BFloat16)) {
+        if (is_whole(k)) {
+            for (int64_t row = 0; row < rows; row++)
+                shrink_row(group.x + (piece.segment->start + row) * k, a + piece.first_rank * k, k,
+                           piece.last_rank - piece.first_rank, piece.shrunk + row * piece.total_rank + piece.first_rank);
+            return;
+        }
+    }
+#endif
     for (int64_t rank = piece.first_rank; rank < piece.last_rank; rank++) {
         const T* x = group.x + piece.segment->start * k;
         float* out = piece.shrunk + rank;
@@ -136,6 +138,17 @@ template <class T>
 void expand(const LoraGroup<T>& group, const ExpandPiece& piece) {
     const int64_t rows = piece.segment->stop - piece.segment->start, stride = group.num_outputs;
     T* y = group.y + piece.segment->start * stride + piece.y_column;
+#if defined(__AVX512BF16__)
+    if constexpr (sizeof(T) == sizeof(BFloat16)) {
+        if (rows <= FEW_ROWS && is_whole(piece.columns)) {
+            alignas(64) float sums[COLUMNS];
+            for (int64_t row = 0; row < rows; row++)
+                expand_row(static_cast<const T*>(piece.b), piece.rank, piece.width, piece.columns,
+                           piece.shrunk + row * piece.total_rank, static_cast<const T*>(piece.gain), sums, y + row * stride);
+            return;
+        }
+    }
+#endif
     const int64_t whole_rows = rows / ROWS * ROWS, by_64 = piece.columns / 64 * 64, by_16 = piece.columns / LANES * LANES;
     const auto shrunk = [&](int64_t row) { return piece.shrunk + row * piece.total_rank; };
     for (int64_t column = 0; column < by_64; column += 64)
@@ -183,10 +196,6 @@ void add_by_vectors(const LoraGroup<T>& group, const std::vector<Segment>& segme
         for (int64_t i = first; i < last; i++) expand(group, expands[i]);
     });
 }
-
-#if defined(__AMX_BF16__)
-constexpr int64_t FEW_ROWS = 2;  // up to so many, a segment's products are as fast without AMX
-#endif
 
 template <class T>
 void add_lora(const LoraGroup<T>& group, const Segment* segments, int64_t num_segments) {

@@ -106,7 +106,7 @@ private:
     void shrink(const Shrink& piece) {
         const int64_t k = group_.num_inputs;
         const BFloat16* a = piece.a;
-        thread_local std::vector<BFloat16> whole;
+        thread_local AlignedVector<BFloat16> whole;
         if (piece.ranks < LORA_DEPTH) {  // what follows the last rank may be anything, or not there
             whole.assign(LORA_DEPTH * k, BFloat16{});
             std::copy_n(a, piece.ranks * k, whole.data());
@@ -136,7 +136,7 @@ private:
 
     void expand(const Expand& piece) {
         const int64_t rows = piece.segment.stop - piece.segment.start, stride = group_.num_outputs;
-        thread_local std::vector<BFloat16> b;
+        thread_local AlignedVector<BFloat16> b;
         b.resize(steps(piece.rank) * 2 * LORA_TILE);
         for (int64_t column = 0; column < piece.columns; column += 2 * LANES) {
             pair_ranks(piece, column, b.data());
@@ -183,7 +183,7 @@ private:
     std::vector<Pack> packs_;
     std::vector<Shrink> shrinks_;
     std::vector<Expand> expands_;
-    std::vector<BFloat16> x_, shrunk_;
+    AlignedVector<BFloat16> x_, shrunk_;
 };
 
 }  // namespace onebase

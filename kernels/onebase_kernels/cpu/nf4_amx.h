@@ -58,9 +58,9 @@ void multiply_some(const Nf4Group& group, int64_t block, const BFloat16* x, int6
     for (int64_t i = 0; i < m; i++) store(y + i * group.num_outputs + block * BLOCK_N, total[i]);
 }
 
-// ---- many rows: weights are scaled as they are decoded, and all sums stay in AMX's own registers ----------------------
+// ---- many rows: weights are decoded and scaled once for all of them, and all sums stay in AMX's registers -------------
 
-constexpr int64_t MAX_ROW_TILES = 6;  // as many sums as there are registers for, besides the operands'
+constexpr int64_t DECODED_BYTES = 512 << 10;  // of weights at a time, for the second cache
 
 // Half a tile of codes, scaled, as a right-hand tile.
 inline void decode_scaled(const uint8_t* codes, F32x16 scale, BFloat16* to) {
@@ -79,56 +79,73 @@ inline void decode_scaled(const uint8_t* codes, F32x16 scale, BFloat16* to) {
     }
 }
 
-// Sums of ROW_TILES tiles of rows and one block of outputs; loops over tiles are unrolled, for AMX's operands are
-// constants.
-template <int ROW_TILES>
-void multiply_row_tiles(const Nf4Group& group, int64_t block, const BFloat16* x, float* sums) {
-    const int64_t k = group.num_inputs, tiles = k / BLOCK_K;
+// A block of outputs as right-hand tiles, one for every 32 inputs.
+inline void decode_block(const Nf4Group& group, int64_t block, BFloat16* to) {
+    const int64_t tiles = group.num_inputs / BLOCK_K;
     const uint8_t* codes = group.codes + block * tiles * TILE_BYTES;
-    alignas(64) BFloat16 weights[2][K_TILE * BLOCK_N];
     Scales scales(group, block);
-#define ONEBASE_EACH_TILE(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)
-#define ONEBASE_ZERO(i) if constexpr (ROW_TILES > i) _tile_zero(i);
-#define ONEBASE_MULTIPLY(i)                              \
-    if constexpr (ROW_TILES > i) {                       \
-        _tile_loadd(6, inputs + M_TILE * (i) * k, 2 * k); \
-        _tile_dpbf16ps(i, 6, 7);                         \
-    }
-#define ONEBASE_STORE(i) if constexpr (ROW_TILES > i) _tile_stored(i, sums + (i) * C_TILE, 64);
-    ONEBASE_EACH_TILE(ONEBASE_ZERO)
     for (int64_t tile = 0; tile < tiles; tile++) {
         const F32x16 scale = scales(tile);
-        for (int half = 0; half < 2; half++) {
-            decode_scaled(codes + tile * TILE_BYTES + half * TILE_BYTES / 2, scale, weights[half]);
-            const BFloat16* inputs = x + tile * BLOCK_K + half * K_TILE;
-            _tile_loadd(7, weights[half], 64);
-            ONEBASE_EACH_TILE(ONEBASE_MULTIPLY)
-        }
+        for (int64_t half = 0; half < 2; half++, codes += TILE_BYTES / 2, to += K_TILE * BLOCK_N)
+            decode_scaled(codes, scale, to);
     }
-    ONEBASE_EACH_TILE(ONEBASE_STORE)
-#undef ONEBASE_EACH_TILE
-#undef ONEBASE_ZERO
-#undef ONEBASE_MULTIPLY
-#undef ONEBASE_STORE
 }
 
-// y[m, 16 outputs] of m rows of x, m a multiple of 16.
-template <class Y>
-void multiply_many(const Nf4Group& group, int64_t block, const BFloat16* x, int64_t m, F32x16 bias, Y* y) {
-    alignas(64) float sums[MAX_ROW_TILES * C_TILE];
-    for (int64_t row = 0; row < m; row += MAX_ROW_TILES * M_TILE) {
-        const BFloat16* inputs = x + row * group.num_inputs;
-        const int64_t rows = std::min(MAX_ROW_TILES * M_TILE, m - row);
-        switch (rows / M_TILE) {
-            case 1: multiply_row_tiles<1>(group, block, inputs, sums); break;
-            case 2: multiply_row_tiles<2>(group, block, inputs, sums); break;
-            case 3: multiply_row_tiles<3>(group, block, inputs, sums); break;
-            case 4: multiply_row_tiles<4>(group, block, inputs, sums); break;
-            case 5: multiply_row_tiles<5>(group, block, inputs, sums); break;
-            default: multiply_row_tiles<6>(group, block, inputs, sums);
+// y[up to 32 rows, outputs of one block or two] of x, readable in whole tiles of 16 rows, and weights from decode_block.
+// Two tiles of rows and two blocks make four sums of four operands; AMX's operands are constants, hence the spelled out
+// cases.
+template <int ROW_TILES, int BLOCKS, class Y>
+void multiply_tiles(const BFloat16* x, int64_t rows, int64_t k, const BFloat16* weights, const BFloat16* bias, Y* y,
+                    int64_t y_stride) {
+    alignas(64) float sums[2][2][C_TILE];
+    const BFloat16* second = weights + k * BLOCK_N;
+    _tile_zero(0);
+    if constexpr (BLOCKS > 1) _tile_zero(1);
+    if constexpr (ROW_TILES > 1) _tile_zero(2);
+    if constexpr (ROW_TILES > 1 && BLOCKS > 1) _tile_zero(3);
+    for (int64_t input = 0; input < k; input += K_TILE) {
+        _tile_loadd(4, x + input, 2 * k);
+        _tile_loadd(6, weights + input * BLOCK_N, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (BLOCKS > 1) {
+            _tile_loadd(7, second + input * BLOCK_N, 64);
+            _tile_dpbf16ps(1, 4, 7);
         }
-        for (int64_t i = 0; i < rows; i++)
-            store(y + (row + i) * group.num_outputs + block * BLOCK_N, load(sums + i * BLOCK_N) + bias);
+        if constexpr (ROW_TILES > 1) {
+            _tile_loadd(5, x + M_TILE * k + input, 2 * k);
+            _tile_dpbf16ps(2, 5, 6);
+        }
+        if constexpr (ROW_TILES > 1 && BLOCKS > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums[0][0], 64);
+    if constexpr (BLOCKS > 1) _tile_stored(1, sums[0][1], 64);
+    if constexpr (ROW_TILES > 1) _tile_stored(2, sums[1][0], 64);
+    if constexpr (ROW_TILES > 1 && BLOCKS > 1) _tile_stored(3, sums[1][1], 64);
+    for (int64_t block = 0; block < BLOCKS; block++) {
+        const F32x16 start = load_bias(bias, block);
+        for (int64_t row = 0; row < rows; row++)
+            store(y + row * y_stride + block * BLOCK_N, load(sums[row / M_TILE][block] + row % M_TILE * BLOCK_N) + start);
+    }
+}
+
+// y[m rows, outputs of some blocks], all pointers at the first of them.
+template <class Y>
+void multiply_many(const BFloat16* x, int64_t m, int64_t k, const BFloat16* weights, int64_t blocks,
+                   const BFloat16* bias, Y* y, int64_t y_stride) {
+    for (int64_t row = 0; row < m; row += 2 * M_TILE) {
+        const int64_t rows = std::min(2 * M_TILE, m - row);
+        for (int64_t block = 0; block < blocks; block += 2) {
+            const auto multiply = [&]<int ROW_TILES, int BLOCKS>() {
+                multiply_tiles<ROW_TILES, BLOCKS>(x + row * k, rows, k, weights + block * BLOCK_N * k,
+                                                  bias ? bias + block * BLOCK_N : nullptr,
+                                                  y + row * y_stride + block * BLOCK_N, y_stride);
+            };
+            const bool two_tiles = rows > M_TILE, two_blocks = block + 1 < blocks;
+            if (two_tiles && two_blocks) multiply.template operator()<2, 2>();
+            else if (two_tiles) multiply.template operator()<2, 1>();
+            else if (two_blocks) multiply.template operator()<1, 2>();
+            else multiply.template operator()<1, 1>();
+        }
     }
 }
 

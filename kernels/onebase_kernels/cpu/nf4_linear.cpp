@@ -28,11 +28,6 @@ struct Nf4Linear {
 
 namespace {
 
-template <class T>
-inline F32x16 load_bias(const T* bias, int64_t block) {
-    return bias ? load(bias + block * BLOCK_N) : F32x16{};
-}
-
 // ---- fp32: decode, multiply and add ---------------------------------------------------------------------------------
 
 // y[ROWS, 16 outputs] of ROWS rows of x.
@@ -106,26 +101,49 @@ void linear_pairs(const Nf4Group& group, const BFloat16* x, int64_t m, const BFl
 constexpr int64_t FEW = 2;    // up to so many rows, fixed point is faster than AMX
 constexpr int64_t SOME = 32;  // up to so many, scaling products is faster than scaling weights
 
-template <class Y>
-void linear_amx(const Nf4Group& group, const BFloat16* x, int64_t m, const BFloat16* bias, Y* y) {
-    const int64_t k = group.num_inputs, whole = m / M_TILE * M_TILE;
-    std::vector<BFloat16> last_rows;  // AMX reads whole tiles of rows
-    if (whole != m) {
-        last_rows.resize(M_TILE * k);
-        std::memcpy(last_rows.data(), x + whole * k, (m - whole) * k * sizeof(BFloat16));
+// The rows of x as AMX reads them, 16 at a time: those of whole tiles where they are, the others in a copy.
+struct RowTiles {
+    RowTiles(const BFloat16* x, int64_t m, int64_t k) : x(x), whole(m / M_TILE * M_TILE), rest(m - whole) {
+        if (!rest) return;
+        last.resize(M_TILE * k);
+        std::memcpy(last.data(), x + whole * k, rest * k * sizeof(BFloat16));
     }
-    parallel(group.num_outputs / BLOCK_N, [&](int64_t first, int64_t last) {
+    const BFloat16* x;
+    int64_t whole, rest;
+    AlignedVector<BFloat16> last;
+};
+
+template <class Y>
+void linear_some(const Nf4Group& group, const RowTiles& rows, const BFloat16* bias, Y* y) {
+    const int64_t k = group.num_inputs, n = group.num_outputs;
+    parallel(n / BLOCK_N, [&](int64_t first, int64_t last) {
         const Tiles tiles;
         for (int64_t block = first; block < last; block++) {
             const F32x16 start = load_bias(bias, block);
-            int64_t row = 0;
-            if (m > SOME) {
-                multiply_many(group, block, x, whole, start, y);
-                row = whole;
-            }
-            for (; row < whole; row += M_TILE)
-                multiply_some(group, block, x + row * k, M_TILE, start, y + row * group.num_outputs);
-            if (row < m) multiply_some(group, block, last_rows.data(), m - row, start, y + row * group.num_outputs);
+            for (int64_t row = 0; row < rows.whole; row += M_TILE)
+                multiply_some(group, block, rows.x + row * k, M_TILE, start, y + row * n);
+            if (rows.rest) multiply_some(group, block, rows.last.data(), rows.rest, start, y + rows.whole * n);
+        }
+    });
+}
+
+template <class Y>
+void linear_many(const Nf4Group& group, const RowTiles& rows, const BFloat16* bias, Y* y) {
+    const int64_t k = group.num_inputs, n = group.num_outputs;
+    const int64_t at_once = std::max<int64_t>(DECODED_BYTES / (BLOCK_N * k * sizeof(BFloat16)), 1);
+    parallel(n / BLOCK_N, [&](int64_t first, int64_t last) {
+        const Tiles tiles;
+        thread_local AlignedVector<BFloat16> weights;
+        for (int64_t block = first; block < last; block += at_once) {
+            const int64_t blocks = std::min(at_once, last - block), output = block * BLOCK_N;
+            weights.resize(blocks * BLOCK_N * k);
+            for (int64_t i = 0; i < blocks; i++) decode_block(group, block + i, weights.data() + i * BLOCK_N * k);
+            const auto multiply = [&](const BFloat16* inputs, int64_t count, int64_t row) {
+                multiply_many(inputs, count, k, weights.data(), blocks, bias ? bias + output : nullptr,
+                              y + row * n + output, n);
+            };
+            multiply(rows.x, rows.whole, 0);
+            multiply(rows.last.data(), rows.rest, rows.whole);
         }
     });
 }
@@ -136,7 +154,8 @@ void linear(const Nf4Group& group, const X* x, int64_t m, const X* bias, Y* y) {
 #if defined(__AVX512BF16__)
     if constexpr (sizeof(X) == sizeof(BFloat16)) {
 #if defined(__AMX_BF16__)
-        if (m > FEW) return linear_amx(group, x, m, bias, y);
+        if (m > SOME) return linear_many(group, RowTiles(x, m, group.num_inputs), bias, y);
+        if (m > FEW) return linear_some(group, RowTiles(x, m, group.num_inputs), bias, y);
 #endif
         return linear_pairs(group, x, m, bias, y);
     }

@@ -43,6 +43,12 @@ struct Nf4Group {
     int64_t num_inputs;
 };
 
+// The bias of one output block, nothing where there is none.
+template <class T>
+inline F32x16 load_bias(const T* bias, int64_t block) {
+    return bias ? load(bias + block * BLOCK_N) : F32x16{};
+}
+
 // The scales of one output block, tile by tile.
 class Scales {
 public:
