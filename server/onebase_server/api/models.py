@@ -64,7 +64,7 @@ def select_combination(
 
     Raises:
         ModelNotFound: one of them does not exist.
-        BadRequest: one of them is the base, is no LoRA, or is there twice.
+        BadRequest: one of them is the base, is no LoRA, or is there twice; or their ranks add up to too much.
         AdapterDoesNotFit: together they could never run.
     """
     versions = [_resolve_part(adapter.name, base_name, store) for adapter in adapters]
@@ -78,6 +78,8 @@ def select_combination(
         parts.append(replace(part, weight=adapter.weight))
     if len({part.digest for part in parts}) < len(parts):
         raise BadRequest("adapter names the same adapter twice; add its weights up instead.", param="adapter")
+    if (rank := sum(version.rank for version in versions)) > store.max_rank:
+        raise BadRequest(f"The ranks add up to {rank}; this server allows at most {store.max_rank}.", param="adapter")
     _check_bytes(sum(version.num_parameters for version in versions), engine)
     ref = AdapterRef.combination(parts)
     return Selection(ref, tuple(version.name for version in versions), ref.label)

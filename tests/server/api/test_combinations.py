@@ -98,6 +98,13 @@ def test_beside_adapter_the_model_is_the_base(server, names):
     assert f"has to be the base, {BASE_NAME}" in error["message"]
 
 
+def test_ranks_may_add_up_to_what_one_upload_may_have(server, publish):
+    versions = [publish("mix-ranks", seed=seed, rank=40)["version"] for seed in range(7)]
+    names = [{"name": f"mix-ranks@{version}"} for version in versions]
+    error = complete(server, names, 400)["error"]
+    assert error["message"] == "The ranks add up to 280; this server allows at most 256."
+
+
 def test_a_combination_that_could_never_run_is_refused(server, publish):
     names = [f"mix-large-{number}" for number in range(3)]
     for number, name in enumerate(names):
