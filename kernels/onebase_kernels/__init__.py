@@ -27,6 +27,7 @@ __all__ = [
     "SamplingBatch",
     "Segment",
     "StepInputs",
+    "add_",
     "add_lora_",
     "add_rms_norm_",
     "allocate",
@@ -37,7 +38,9 @@ __all__ = [
     "dense_linear",
     "dequantize_nf4",
     "embed",
+    "gelu_mul",
     "head_logits",
+    "layer_norm",
     "nf4_linear",
     "pack_dense",
     "pack_nf4",
@@ -47,6 +50,7 @@ __all__ = [
     "rms_norm",
     "set_num_threads",
     "silu_mul",
+    "softcap_",
     "start_lora",
     "use_backend",
     "write_kv_",
@@ -92,8 +96,12 @@ write_kv_ = _dispatched(reference.write_kv_)
 paged_attention = _dispatched(reference.paged_attention)
 rms_norm = _dispatched(reference.rms_norm)
 add_rms_norm_ = _dispatched(reference.add_rms_norm_)
+add_ = _dispatched(reference.add_)
+layer_norm = _dispatched(reference.layer_norm)
 apply_rope_ = _dispatched(reference.apply_rope_)
 silu_mul = _dispatched(reference.silu_mul)
+gelu_mul = _dispatched(reference.gelu_mul)
+softcap_ = _dispatched(reference.softcap_)
 head_logits = _dispatched(reference.head_logits)
 choose_tokens = _dispatched(reference.choose_tokens)
 set_num_threads = _dispatched(reference.set_num_threads)
@@ -101,7 +109,8 @@ set_num_threads = _dispatched(reference.set_num_threads)
 OPS = (
     *(pack_nf4, pack_dense, allocate, allocate_kv, record, set_num_threads),
     *(embed, nf4_linear, dense_linear, start_lora, add_lora_, write_kv_, paged_attention),
-    *(rms_norm, add_rms_norm_, apply_rope_, silu_mul, head_logits, choose_tokens),
+    *(rms_norm, add_rms_norm_, add_, layer_norm, apply_rope_, silu_mul, gelu_mul, softcap_),
+    *(head_logits, choose_tokens),
 )
 """Everything that a back end may compute."""
 

@@ -47,9 +47,10 @@ def record(forward: Callable[[StepInputs], Tensor], largest: StepInputs) -> Call
     return lambda inputs: forward(inputs.to(device))
 
 
-def embed(token_ids: Tensor, table: Tensor) -> Tensor:
-    """`table[token]` for each token: token_ids int64 [T], table [V, K] → [T, K]."""
-    return F.embedding(token_ids, table)
+def embed(token_ids: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
+    """`scale · table[token]` for each token: token_ids int64 [T], table [V, K] → [T, K]."""
+    rows = F.embedding(token_ids, table)
+    return rows if scale == 1 else rows * scale
 
 
 def nf4_linear(x: Tensor, packed: PackedNf4, bias: Tensor | None = None) -> Tensor:
@@ -126,13 +127,19 @@ def write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Att
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float, window: int | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """`softmax(scale · q Kᵀ) V` over each token's own request, causally: q [T, H, D] → [T, H, D].
 
     The keys and values of a token at position p are those in the request's cache blocks at positions ≤ p (and > p −
     window, if there is a window), this step's own among them. Query head h reads KV head ⌊h · Hkv / H⌋. Scores and
-    softmax are fp32.
+    softmax are fp32; a softcap limits the scores as `softcap_` does.
     """
     out = torch.empty_like(q)
     block_size, kv_heads = k_cache.shape[1], k_cache.shape[2]
@@ -143,6 +150,8 @@ def paged_attention(
         keys = k_cache[blocks].flatten(0, 1)[:context_len].float().repeat_interleave(heads_per_kv, dim=1)
         values = v_cache[blocks].flatten(0, 1)[:context_len].float().repeat_interleave(heads_per_kv, dim=1)
         scores = torch.einsum("qhd,khd->hqk", q[rows].float(), keys) * scale
+        if softcap is not None:
+            softcap_(scores, softcap)
         key_positions = torch.arange(context_len, device=q.device)
         query_positions = key_positions[context_len - query_len :].unsqueeze(1)
         hidden = key_positions > query_positions
@@ -168,16 +177,27 @@ def add_rms_norm_(hidden: Tensor, delta: Tensor, weight: Tensor, eps: float) -> 
     return rms_norm(hidden, weight, eps)
 
 
-def apply_rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
-    """Rotate the pairs (i, i + D/2) of every head of q [T, H, D] and k [T, Hkv, D] by the token's angles, in place.
+def add_(hidden: Tensor, delta: Tensor, scale: float = 1.0) -> None:
+    """`hidden += scale · delta`, in place and rounded once; both [T, K]."""
+    hidden.copy_(hidden.float() + scale * delta.float())
 
-    `(a, b) ← (a cos − b sin, b cos + a sin)` in fp32, with cos and sin fp32 [positions, D/2] and a row of them for each
-    of `positions`, int64 [T] (arXiv 2104.09864).
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """`(x − mean(x)) / √(var(x) + eps) · weight + bias` over the rows of x [T, K], in fp32 (arXiv 1607.06450)."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def apply_rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
+    """Rotate the pairs (i, i + R/2) of every head of q [T, H, D] and k [T, Hkv, D] by the token's angles, in place.
+
+    `(a, b) ← (a cos − b sin, b cos + a sin)` in fp32, with cos and sin fp32 [positions, R/2] and a row of them for each
+    of `positions`, int64 [T]; a head's numbers from R ≤ D on stay as they are (arXiv 2104.09864).
     """
     cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
     for heads in (q, k):
-        first, second = heads.float().chunk(2, dim=-1)
-        heads.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
+        rotated = heads[..., : 2 * cos.shape[-1]]
+        first, second = rotated.float().chunk(2, dim=-1)
+        rotated.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
 
 
 def head_logits(hidden: Tensor, head: Tensor | PackedNf4) -> Tensor:
@@ -185,10 +205,21 @@ def head_logits(hidden: Tensor, head: Tensor | PackedNf4) -> Tensor:
     return (F.linear(hidden, head) if isinstance(head, Tensor) else nf4_linear(hidden, head)).float()
 
 
+def softcap_(scores: Tensor, cap: float) -> None:
+    """`cap · tanh(score / cap)`, in place: fp32 scores that go no further than ±cap (arXiv 2408.00118)."""
+    scores.div_(cap).tanh_().mul_(cap)
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """`silu(gate) · up` of gate_up [T, 2I], the gate's columns first → [T, I] (SwiGLU, arXiv 2002.05202)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    """`gelu(gate) · up`, gelu by its tanh form; operands as in `silu_mul` (GEGLU, arXiv 2002.05202)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
 
 
 def choose_tokens(logits: Tensor, sampling: SamplingBatch) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from onebase_kernels import reference
 from onebase_kernels.batch import AttentionBatch
 
 _MAX_QUERIES = 128  # prefill goes in pieces of so many tokens: a piece attends to no key after its last token
@@ -40,9 +41,17 @@ class _Call:
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float, window: int | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
-    """As `reference.paged_attention`."""
+    """As `reference.paged_attention`, which also computes what has a softcap: the fused attention knows none."""
+    if softcap is not None:
+        return reference.paged_attention(q, k_cache, v_cache, batch, scale, window, softcap)
     out = torch.empty_like(q)
     k_slots, v_slots = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
     for call in _plan(batch, k_cache.shape[1], window, q.dtype):

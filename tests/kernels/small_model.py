@@ -41,7 +41,7 @@ class SmallModel:
 
     def forward(self, inputs: StepInputs) -> Tensor:
         rows = inputs.token_ids.shape[0]
-        hidden = kernels.embed(inputs.token_ids, self.table)
+        hidden = kernels.embed(inputs.token_ids, self.table, scale=0.75)
         normed = kernels.rms_norm(hidden, self.norm, 1e-5)
         for layer in range(LAYERS):
             started = kernels.start_lora(normed, inputs.lora, layer)
@@ -52,12 +52,14 @@ class SmallModel:
             kernels.apply_rope_(q, k, self.cos, self.sin, inputs.positions)
             k_cache, v_cache = self.k_caches[layer], self.v_caches[layer]
             kernels.write_kv_(k, v, k_cache, v_cache, inputs.attention)
-            attended = kernels.paged_attention(q, k_cache, v_cache, inputs.attention, 0.25)
+            attended = kernels.paged_attention(q, k_cache, v_cache, inputs.attention, 0.25, softcap=2.0)
             delta = kernels.nf4_linear(attended.view(rows, HIDDEN), self.o[layer])
             normed = kernels.add_rms_norm_(hidden, delta, self.norm, 1e-5)
-            activated = kernels.silu_mul(kernels.nf4_linear(normed, self.gate_up[layer]))
+            activation = (kernels.silu_mul, kernels.gelu_mul)[layer]
+            activated = activation(kernels.nf4_linear(normed, self.gate_up[layer]))
             normed = kernels.add_rms_norm_(hidden, kernels.nf4_linear(activated, self.down[layer]), self.norm, 1e-5)
-        return normed
+        kernels.add_(hidden, normed, 0.5)
+        return kernels.layer_norm(hidden, self.norm, None, 1e-5)
 
     def step(
         self,

@@ -118,6 +118,40 @@ def test_bfloat16_stays_near_float32(
     assert (out.float() - expected).norm() < 1e-2 * expected.norm()
 
 
+def capped_attention(requests: PagedRequests, scale: float, window: int | None, softcap: float) -> Tensor:
+    """Attention with a softcap, request by request, as the Gemma 2 report (arXiv 2408.00118) writes it."""
+    outputs, starts = [], requests.batch.query_starts
+    for keys, values, start, stop in zip(requests.keys, requests.values, starts, starts[1:], strict=False):
+        q, group = requests.q[start:stop], requests.q.shape[1] // keys.shape[1]
+        scores = torch.einsum("qhd,khd->hqk", q, keys.repeat_interleave(group, dim=1)) * scale
+        distances = torch.arange(len(keys) - len(q), len(keys)).unsqueeze(1) - torch.arange(len(keys))
+        is_hidden = (distances < 0) | (distances >= (window or len(keys)))
+        weights = (softcap * torch.tanh(scores / softcap)).masked_fill(is_hidden, -torch.inf).softmax(dim=-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, values.repeat_interleave(group, dim=1)))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("head_dim", [20, 32, 256])
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_scores_are_capped_softly(
+    backend: str,
+    dtype: torch.dtype,
+    tolerance: float,
+    window: int | None,
+    head_dim: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(f"{__name__}.HEAD_DIM", head_dim)
+    requests = PagedRequests(BATCHES["prefill and decode mixed"], 6, 2, block_size=16)
+    operands = (tensor.to(dtype) for tensor in (requests.q, requests.k_cache, requests.v_cache))
+    out = kernels.paged_attention(*operands, requests.batch, scale=0.3, window=window, softcap=1.5)
+    expected = capped_attention(requests, 0.3, window, 1.5)
+    assert (out.float() - expected).norm() < tolerance * expected.norm()
+    uncapped = requests.expected(0.3, window)
+    assert (uncapped - expected).norm() > 10 * tolerance * expected.norm()  # the cap shows
+
+
 def test_q_may_be_a_slice_of_a_wider_tensor(backend: str) -> None:
     requests = PagedRequests(BATCHES["prefill and decode mixed"], 6, 2, block_size=4)
     wide = torch.cat([requests.q, torch.full_like(requests.q, torch.nan)], dim=1)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
 import onebase_kernels as kernels
 from onebase_kernels import AttentionBatch
@@ -34,16 +35,37 @@ def test_heads_are_normed_one_by_one_even_when_they_are_slices(backend: str) -> 
     torch.testing.assert_close(kernels.rms_norm(k, weight, 1e-5), kernels.rms_norm(k.contiguous(), weight, 1e-5))
 
 
-def test_embed_takes_each_tokens_row(backend: str) -> None:
-    table, tokens = torch.randn(11, 6), torch.tensor([3, 10, 0, 3])
+@pytest.mark.parametrize(("dtype", "one_ulp"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize("rows", [1, 600])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_layer_norm_is_torchs(backend: str, dtype: torch.dtype, one_ulp: float, rows: int, has_bias: bool) -> None:
+    x, weight = (3 * torch.randn(rows, 40) + 2).to(dtype), torch.randn(40).to(dtype)
+    bias = torch.randn(40).to(dtype) if has_bias else None
+    wide_bias = None if bias is None else bias.float()
+    expected = F.layer_norm(x.float(), (40,), weight.float(), wide_bias, 1e-5).to(dtype)
+    torch.testing.assert_close(kernels.layer_norm(x, weight, bias, 1e-5), expected, rtol=one_ulp, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_add_scales_what_it_adds_and_rounds_once(backend: str, dtype: torch.dtype) -> None:
+    hidden, delta = torch.randn(500, 72).to(dtype), torch.randn(500, 72).to(dtype)
+    expected = (hidden.float() + 0.22 * delta.float()).to(dtype)
+    kernels.add_(hidden, delta, 0.22)
+    torch.testing.assert_close(hidden, expected, rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_embed_takes_each_tokens_row(backend: str, dtype: torch.dtype) -> None:
+    table, tokens = torch.randn(11, 22).to(dtype), torch.tensor([3, 10, 0, 3])
     assert torch.equal(kernels.embed(tokens, table), table[tokens])
+    assert torch.equal(kernels.embed(tokens, table, scale=7.5), table[tokens] * 7.5)
 
 
-@pytest.mark.parametrize("head_size", [16, 64])
-def test_rope_rotates_q_and_k_in_place_even_when_they_are_slices(backend: str, head_size: int) -> None:
+@pytest.mark.parametrize(("head_size", "rotated"), [(16, 16), (64, 64), (80, 20), (96, 72)])
+def test_rope_rotates_q_and_k_in_place_even_when_they_are_slices(backend: str, head_size: int, rotated: int) -> None:
     qkv = torch.randn(7, 5, head_size)
     q, k, v = torch.split(qkv, [3, 1, 1], dim=1)
-    angles, positions = torch.rand(9, head_size // 2) * 6, torch.tensor([3, 0, 8, 8, 1, 2, 7])
+    angles, positions = torch.rand(9, rotated // 2) * 6, torch.tensor([3, 0, 8, 8, 1, 2, 7])
     cos, sin = (torch.cat([f(angles[positions])] * 2, dim=-1).unsqueeze(0) for f in (torch.cos, torch.sin))
     expected = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
     before = v.clone()
@@ -66,6 +88,23 @@ def test_silu_mul_gates_the_upper_half(backend: str) -> None:
     gate_up = 8 * torch.randn(4, 100)
     gate_up[0, :2] = torch.tensor([-200.0, 200.0])  # where e^x leaves the range of fp32
     torch.testing.assert_close(kernels.silu_mul(gate_up), F.silu(gate_up[:, :50]) * gate_up[:, 50:])
+
+
+def test_gelu_mul_gates_the_upper_half(backend: str) -> None:
+    gate_up = 3 * torch.randn(4, 100)
+    gate_up[0, :4] = torch.tensor([-200.0, 200.0, -1e4, 0.0])  # where e^-2u leaves the range of fp32
+    expected = F.gelu(gate_up[:, :50], approximate="tanh") * gate_up[:, 50:]
+    torch.testing.assert_close(kernels.gelu_mul(gate_up), expected, rtol=1e-5, atol=2e-6)
+    rounded = gate_up.bfloat16()
+    expected = F.gelu(rounded[:, :50], approximate="tanh") * rounded[:, 50:]
+    torch.testing.assert_close(kernels.gelu_mul(rounded), expected)
+
+
+def test_softcap_bounds_smoothly_and_in_place(backend: str) -> None:
+    scores = torch.tensor([[-1e6, -2.0, 0.0, 1e-3, 2.0, 1e6]])
+    expected = 5.0 * torch.tanh(scores / 5.0)
+    kernels.softcap_(scores, 5.0)
+    torch.testing.assert_close(scores, expected)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 33, 200])

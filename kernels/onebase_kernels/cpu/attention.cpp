@@ -31,6 +31,7 @@ public:
     void run() {
         widen_queries();
         score_keys();
+        if (view_.softcap()) cap_scores(scratch_.scores.data(), view_.num_rows() * stride_, view_.softcap());
         for (int64_t row = 0; row < view_.num_rows(); row++) softmax(row);
         int64_t row = 0;
         for (; row + ROWS_TOGETHER <= view_.num_rows(); row += ROWS_TOGETHER) sum_values<ROWS_TOGETHER>(row);

@@ -45,6 +45,9 @@ public:
         scratch_.copies.resize(STEP_KEYS * HEAD);
         pack_queries();
         score_keys();
+        // The scale comes after, so the cap is taken without it.
+        if (view_.softcap())
+            cap_scores(scratch_.scores.data(), num_steps_ * STEP_KEYS * MAX_ROWS, view_.softcap() / view_.scale());
         softmax();
         sum_values();
     }

@@ -19,6 +19,7 @@ struct Attention {
     int64_t block_size, heads, kv_heads, head_size;
     int64_t window;  // how many keys a query sees, itself included; 0 for all
     float scale;
+    float softcap;  // scores go no further than this, smoothly; 0 for no cap
     int32_t dtype;
 
     int64_t group() const { return heads / kv_heads; }
@@ -42,6 +43,11 @@ inline void cut(const Attention& a, const Step& step, std::vector<Piece>& pieces
     }
 }
 
+// cap · tanh(score / cap), in place, of whole vectors.
+inline void cap_scores(float* scores, int64_t count, float cap) {
+    for (int64_t i = 0; i < count; i += LANES) store(scores + i, tanh(load(scores + i) * (1.0f / cap)) * cap);
+}
+
 // Where a piece's rows, keys and values lie. Keys are counted from the request's first.
 template <class T, int HEAD>
 class PieceView {
@@ -54,6 +60,7 @@ public:
 
     int64_t num_rows() const { return piece_.num_rows; }
     float scale() const { return a_.scale; }
+    float softcap() const { return a_.softcap; }
 
     // The keys that a row sees: from first_seen to last_seen.
     int64_t last_seen(int64_t row) const { return first_position_ + (piece_.first_row + row) / group_; }

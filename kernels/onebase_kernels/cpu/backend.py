@@ -62,12 +62,18 @@ def record(forward: Callable[[StepInputs], Tensor], largest: StepInputs) -> Call
         return forward
 
 
-def embed(token_ids: Tensor, table: Tensor) -> Tensor:
+def embed(token_ids: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
     """As `reference.embed`."""
-    if not _are_plain(token_ids, table):
-        return reference.embed(token_ids, table)
+    if not _are_plain(token_ids, table) or (scale != 1 and table.dtype not in DTYPES):
+        return reference.embed(token_ids, table, scale)
     y = empty((token_ids.shape[0], table.shape[1]), table.dtype)
-    call = calls.Embed(table=table.data_ptr(), y=y.data_ptr(), row_bytes=table.stride(0) * table.element_size())
+    call = calls.Embed(
+        table=table.data_ptr(),
+        y=y.data_ptr(),
+        row_bytes=table.stride(0) * table.element_size(),
+        scale=scale,
+        dtype=DTYPES.get(table.dtype, calls.FLOAT32),
+    )
     run(call, Step(rows=token_ids.shape[0], token_ids=token_ids.data_ptr()))
     return y
 
@@ -186,13 +192,19 @@ def write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Att
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float, window: int | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """As `reference.paged_attention`."""
     is_carried = q.dtype in DTYPES and q.dtype == k_cache.dtype == v_cache.dtype and q.shape[2] in _HEAD_SIZES
     is_plain = _has_plain_tokens(q) and batch.block_tables.is_contiguous() and k_cache.stride(3) == 1
     if not is_carried or not is_plain or k_cache.stride() != v_cache.stride():
-        return sdpa_attention.paged_attention(q, k_cache, v_cache, batch, scale, window)
+        return sdpa_attention.paged_attention(q, k_cache, v_cache, batch, scale, window, softcap)
     out = empty(q.shape, q.dtype)
     call = calls.Attention(
         q=q.data_ptr(),
@@ -209,6 +221,7 @@ def paged_attention(
         head_size=q.shape[2],
         window=window or 0,
         scale=scale,
+        softcap=softcap or 0,
         dtype=DTYPES[q.dtype],
     )
     run(call, execution.attention_step(batch))
@@ -252,6 +265,40 @@ def _rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Te
     return y
 
 
+def add_(hidden: Tensor, delta: Tensor, scale: float = 1.0) -> None:
+    """As `reference.add_`."""
+    if hidden.dtype not in DTYPES or hidden.dtype != delta.dtype or not _are_plain(hidden, delta):
+        reference.add_(hidden, delta, scale)
+        return
+    call = calls.Add(
+        x=hidden.data_ptr(),
+        delta=delta.data_ptr(),
+        size=hidden.shape[1],
+        scale=scale,
+        dtype=DTYPES[hidden.dtype],
+    )
+    run(call, Step(rows=hidden.shape[0]))
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """As `reference.layer_norm`."""
+    is_alike = x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
+    if x.dtype not in DTYPES or not is_alike or not _are_plain(x, weight):
+        return reference.layer_norm(x, weight, bias, eps)
+    y = empty(x.shape, x.dtype)
+    call = calls.LayerNorm(
+        x=x.data_ptr(),
+        weight=weight.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        y=y.data_ptr(),
+        size=x.shape[1],
+        eps=eps,
+        dtype=DTYPES[x.dtype],
+    )
+    run(call, Step(rows=x.shape[0]))
+    return y
+
+
 def apply_rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
     """As `reference.apply_rope_`."""
     is_carried = q.dtype in DTYPES and _has_plain_tokens(q) and _has_plain_tokens(k) and _are_plain(cos, sin, positions)
@@ -264,6 +311,7 @@ def apply_rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tenso
             x_stride=heads.stride(0),
             heads=heads.shape[1],
             head_size=heads.shape[2],
+            half=cos.shape[1],
             cos=cos.data_ptr(),
             sin=sin.data_ptr(),
             dtype=DTYPES[heads.dtype],
@@ -273,11 +321,22 @@ def apply_rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tenso
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """As `reference.silu_mul`."""
-    if gate_up.dtype not in DTYPES or not gate_up.is_contiguous():
-        return reference.silu_mul(gate_up)
+    return _gate(gate_up, calls.SiluMul) if _carries_gate(gate_up) else reference.silu_mul(gate_up)
+
+
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    """As `reference.gelu_mul`."""
+    return _gate(gate_up, calls.GeluMul) if _carries_gate(gate_up) else reference.gelu_mul(gate_up)
+
+
+def _carries_gate(gate_up: Tensor) -> bool:
+    return gate_up.dtype in DTYPES and gate_up.is_contiguous()
+
+
+def _gate(gate_up: Tensor, kind: type[calls.SiluMul]) -> Tensor:
     size = gate_up.shape[1] // 2
     y = empty((gate_up.shape[0], size), gate_up.dtype)
-    call = calls.SiluMul(gate_up=gate_up.data_ptr(), y=y.data_ptr(), size=size, dtype=DTYPES[gate_up.dtype])
+    call = kind(gate_up=gate_up.data_ptr(), y=y.data_ptr(), size=size, dtype=DTYPES[gate_up.dtype])
     run(call, Step(rows=gate_up.shape[0]))
     return y
 

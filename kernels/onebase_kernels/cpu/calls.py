@@ -119,6 +119,7 @@ class Attention(ctypes.Structure):
         ("head_size", Int),
         ("window", Int),
         ("scale", Float),
+        ("softcap", Float),
         ("dtype", Code),
     )
 
@@ -127,7 +128,7 @@ class Embed(ctypes.Structure):
     """elementwise.cpp."""
 
     op = "onebase_embed"
-    _fields_ = (("table", Pointer), ("y", Pointer), ("row_bytes", Int))
+    _fields_ = (("table", Pointer), ("y", Pointer), ("row_bytes", Int), ("scale", Float), ("dtype", Code))
 
 
 class RmsNorm(ctypes.Structure):
@@ -147,6 +148,28 @@ class RmsNorm(ctypes.Structure):
     )
 
 
+class Add(ctypes.Structure):
+    """elementwise.cpp."""
+
+    op = "onebase_add"
+    _fields_ = (("x", Pointer), ("delta", Pointer), ("size", Int), ("scale", Float), ("dtype", Code))
+
+
+class LayerNorm(ctypes.Structure):
+    """elementwise.cpp; `bias` may be null."""
+
+    op = "onebase_layer_norm"
+    _fields_ = (
+        ("x", Pointer),
+        ("weight", Pointer),
+        ("bias", Pointer),
+        ("y", Pointer),
+        ("size", Int),
+        ("eps", Float),
+        ("dtype", Code),
+    )
+
+
 class Rope(ctypes.Structure):
     """elementwise.cpp."""
 
@@ -156,6 +179,7 @@ class Rope(ctypes.Structure):
         ("x_stride", Int),
         ("heads", Int),
         ("head_size", Int),
+        ("half", Int),
         ("cos", Pointer),
         ("sin", Pointer),
         ("dtype", Code),
@@ -167,6 +191,12 @@ class SiluMul(ctypes.Structure):
 
     op = "onebase_silu_mul"
     _fields_ = (("gate_up", Pointer), ("y", Pointer), ("size", Int), ("dtype", Code))
+
+
+class GeluMul(SiluMul):
+    """elementwise.cpp; the fields are SiluMul's."""
+
+    op = "onebase_gelu_mul"
 
 
 class WriteCache(ctypes.Structure):
@@ -202,10 +232,13 @@ class ChooseTokens(ctypes.Structure):
     )
 
 
-Call = Nf4Linear | DenseLinear | AddLora | Attention | Embed | RmsNorm | Rope | SiluMul | WriteCache
+Call = Nf4Linear | DenseLinear | AddLora | Attention | Embed | Add | RmsNorm | LayerNorm | Rope | SiluMul | WriteCache
 """An op with its operands; `op` names the function that runs it."""
 
-CALLS = (Nf4Linear, DenseLinear, AddLora, Attention, Embed, RmsNorm, Rope, SiluMul, WriteCache)
+CALLS = (
+    *(Nf4Linear, DenseLinear, AddLora, Attention, Embed, Add, RmsNorm, LayerNorm),
+    *(Rope, SiluMul, GeluMul, WriteCache),
+)
 
 
 class Op(ctypes.Structure):

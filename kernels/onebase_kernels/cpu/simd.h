@@ -161,6 +161,14 @@ inline F32x16 exp(F32x16 x) {
     const F32x16 power = (F32x16)((n + 127) << 23);
     return x < -87.0f ? F32x16{} : p * power;
 }
+inline float exp(float x) { return __builtin_expf(x); }
+
+// tanh(x) to about 1e-7.
+inline F32x16 tanh(F32x16 x) {
+    const F32x16 e = exp(max(x, -x) * -2.0f);
+    const F32x16 magnitude = (1.0f - e) / (1.0f + e);
+    return x < 0 ? -magnitude : magnitude;
+}
 
 // Calls `body.template operator()<T>()` with the element type that a dtype code of the C interface stands for.
 enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };

@@ -47,6 +47,7 @@ def attend_kernel(
     sums_ptr,
     stats_ptr,
     scale,
+    cap,
     table_width,
     num_splits,
     Q_STRIDE: tl.constexpr,
@@ -62,12 +63,13 @@ def attend_kernel(
     DIMS: tl.constexpr,
     KEYS: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    IS_CAPPED: tl.constexpr,
 ):
     """Grid (tile, KV head, split); row r of a tile is its query r / GROUP under the KV head's query head r % GROUP.
 
-    `scale` is for scores that are exponents of two. Unless IS_SPLIT, the result goes to `out`; else the weighted sum of
-    the values goes to `sums` [tile, KV head, row, split, HEAD_DIM], the greatest score and the sum of the weights to
-    `stats` [tile, KV head, row, split, 2].
+    `scale` is for scores that are exponents of two; if IS_CAPPED, for those that `cap` multiplies the tanh of. Unless
+    IS_SPLIT, the result goes to `out`; else the weighted sum of the values goes to `sums` [tile, KV head, row, split,
+    HEAD_DIM], the greatest score and the sum of the weights to `stats` [tile, KV head, row, split, 2].
     """
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tile_ptr = tiles_ptr + tile * _TILE_COLUMNS
@@ -99,6 +101,8 @@ def attend_kernel(
         cache_rows = ((blocks * BLOCK_SIZE + keys % BLOCK_SIZE) * KV_HEADS + kv_head) * HEAD_DIM
         k = tl.load(k_cache_ptr + cache_rows[:, None] + dims[None, :], mask=has_key[:, None] & has_dim, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=_FP32) * scale
+        if IS_CAPPED:
+            scores = (2.0 * tl.sigmoid(2.0 * scores) - 1.0) * cap  # the first factor is tanh
         is_seen = has_key[None, :] & (keys[None, :] <= positions[:, None])
         if WINDOW:
             is_seen &= keys[None, :] > positions[:, None] - WINDOW
@@ -184,12 +188,18 @@ class Tiles:
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float, window: int | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """As `reference.paged_attention`; caches without gaps, and q [T, H, D] whose tokens may lie apart."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for tiles in plan(batch, q.shape[1] // k_cache.shape[2], window):
-        _attend(tiles, out, q, k_cache, v_cache, batch.block_tables, scale, window)
+        _attend(tiles, out, q, k_cache, v_cache, batch.block_tables, scale, window, softcap)
     return out
 
 
@@ -202,6 +212,7 @@ def _attend(
     block_tables: Tensor,
     scale: float,
     window: int | None,
+    softcap: float | None,
 ) -> None:
     """The tiles' rows of `paged_attention`, written to out."""
     _, heads, head_dim = q.shape
@@ -217,8 +228,21 @@ def _attend(
     cut = (window or 0, tiles.min_split, _MAX_SPLITS, tiles.queries)
     attend_kernel[(num_tiles, kv_heads, num_splits)](
         *(q, k_cache, v_cache, block_tables, tiles.table, out, sums, stats),
-        *(scale * _LOG2_E, block_tables.shape[1], num_splits),
-        *(q.stride(0), kv_heads, group, head_dim, block_size, *cut, rows, dims, keys, num_splits > 1),
+        *(scale / softcap if softcap else scale * _LOG2_E, (softcap or 0.0) * _LOG2_E),
+        *(block_tables.shape[1], num_splits),
+        *(
+            q.stride(0),
+            kv_heads,
+            group,
+            head_dim,
+            block_size,
+            *cut,
+            rows,
+            dims,
+            keys,
+            num_splits > 1,
+            softcap is not None,
+        ),
         num_stages=1 if rows >= 64 else 3,
     )
     if num_splits > 1:

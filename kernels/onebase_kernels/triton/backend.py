@@ -74,14 +74,20 @@ def write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Att
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float, window: int | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """As `reference.paged_attention`, on the cache as it lies: nothing is gathered."""
     is_plain = _have_plain_tokens(q) and _are_plain(k_cache, v_cache, batch.block_tables)
     if not is_plain or not _are_alike(q, k_cache, v_cache):
         check_known_on_host(batch)
-        return sdpa_attention.paged_attention(q, k_cache, v_cache, batch, scale, window)
-    return attention.paged_attention(q, k_cache, v_cache, batch, scale, window)
+        return sdpa_attention.paged_attention(q, k_cache, v_cache, batch, scale, window, softcap)
+    return attention.paged_attention(q, k_cache, v_cache, batch, scale, window, softcap)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -112,6 +118,13 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     if not _are_plain(gate_up) or not _are_alike(gate_up):
         return reference.silu_mul(gate_up)
     return elementwise.silu_mul(gate_up)
+
+
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    """As `reference.gelu_mul`."""
+    if not _are_plain(gate_up) or not _are_alike(gate_up):
+        return reference.gelu_mul(gate_up)
+    return elementwise.gelu_mul(gate_up)
 
 
 def _are_alike(*tensors: Tensor) -> bool:

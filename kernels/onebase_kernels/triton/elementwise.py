@@ -1,4 +1,4 @@
-"""The small ops between the products: RMS norm, rotary embedding, the gated activation, writing keys and values.
+"""The small ops between the products: RMS norm, rotary embedding, gated activations, writing keys and values.
 
 Each is one launch that reads its operands once. Shapes of the model are constants of the compiled code; the number of
 tokens is only the grid, so that a step of another size compiles nothing.
@@ -12,7 +12,7 @@ from torch import Tensor
 from onebase_kernels.batch import AttentionBatch
 
 _NORM_NUMBERS = 2048  # numbers of a program of the norm, if its rows are shorter than that
-_SILU_NUMBERS = 1024
+_GATE_NUMBERS = 1024
 
 
 @triton.jit
@@ -62,11 +62,20 @@ def add_rms_norm_kernel(hidden_ptr, delta_ptr, weight_ptr, y_ptr, eps, SIZE: tl.
 
 
 @triton.jit
-def _rotate(heads_ptr, cos, sin, NUM_HEADS: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, COLS: tl.constexpr):
-    """Rotate one token's heads; cos and sin are [1, COLS], COLS and HEADS powers of two."""
+def _rotate(
+    heads_ptr,
+    cos,
+    sin,
+    NUM_HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Rotate one token's heads of SIZE numbers; cos and sin are [1, COLS], COLS and HEADS powers of two."""
     heads, cols = tl.arange(0, HEADS), tl.arange(0, COLS)
     inside = (heads < NUM_HEADS)[:, None] & (cols < HALF)[None, :]
-    at = heads_ptr + heads[:, None] * (2 * HALF) + cols[None, :]
+    at = heads_ptr + heads[:, None] * SIZE + cols[None, :]
     first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
     tl.store(at, first * cos - second * sin, mask=inside)
@@ -84,6 +93,7 @@ def rope_kernel(
     K_STRIDE: tl.constexpr,
     Q_HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
     HALF: tl.constexpr,
     Q_HEADS_PADDED: tl.constexpr,
     K_HEADS_PADDED: tl.constexpr,
@@ -95,8 +105,8 @@ def rope_kernel(
     at = tl.load(positions_ptr + token) * HALF + cols
     cos = tl.load(cos_ptr + at, mask=cols < HALF, other=0.0)[None, :]
     sin = tl.load(sin_ptr + at, mask=cols < HALF, other=0.0)[None, :]
-    _rotate(q_ptr + token * Q_STRIDE, cos, sin, Q_HEADS, HALF, Q_HEADS_PADDED, COLS)
-    _rotate(k_ptr + token * K_STRIDE, cos, sin, K_HEADS, HALF, K_HEADS_PADDED, COLS)
+    _rotate(q_ptr + token * Q_STRIDE, cos, sin, Q_HEADS, SIZE, HALF, Q_HEADS_PADDED, COLS)
+    _rotate(k_ptr + token * K_STRIDE, cos, sin, K_HEADS, SIZE, HALF, K_HEADS_PADDED, COLS)
 
 
 @triton.jit
@@ -121,15 +131,18 @@ def write_kv_kernel(
 
 
 @triton.jit
-def silu_mul_kernel(gate_up_ptr, y_ptr, SIZE: tl.constexpr, COLS: tl.constexpr):
-    """A program has COLS columns of a row."""
+def gate_kernel(gate_up_ptr, y_ptr, SIZE: tl.constexpr, IS_GELU: tl.constexpr, COLS: tl.constexpr):
+    """A program has COLS columns of a row; the activation is gelu by its tanh form, or silu."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = cols < SIZE
     gate = tl.load(gate_up_ptr + row * (2 * SIZE) + cols, mask=inside, other=0.0)
     up = tl.load(gate_up_ptr + row * (2 * SIZE) + SIZE + cols, mask=inside, other=0.0)
     wide = gate.to(tl.float32)
-    activated = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
+    exponent = wide
+    if IS_GELU:  # x (1 + tanh(u)) / 2 is x / (1 + e^-2u), with u = √(2 / π) (x + 0.044715 x³)
+        exponent = wide * (1.5957691216 + 0.0713548163 * wide * wide)
+    activated = (wide / (1.0 + tl.exp(-exponent))).to(gate.dtype)
     tl.store(y_ptr + row * SIZE + cols, activated.to(tl.float32) * up.to(tl.float32), mask=inside)
 
 
@@ -159,11 +172,11 @@ def add_rms_norm_(hidden: Tensor, delta: Tensor, weight: Tensor, eps: float) -> 
 
 def apply_rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
     """As `reference.apply_rope_`."""
-    (tokens, q_heads, size), k_heads = q.shape, k.shape[1]
-    padded = [triton.next_power_of_2(number) for number in (q_heads, k_heads, size // 2)]
+    (tokens, q_heads, size), k_heads, half = q.shape, k.shape[1], cos.shape[1]
+    padded = [triton.next_power_of_2(number) for number in (q_heads, k_heads, half)]
     if tokens:
         rope_kernel[(tokens,)](
-            q, k, cos, sin, positions, q.stride(0), k.stride(0), q_heads, k_heads, size // 2, *padded
+            q, k, cos, sin, positions, q.stride(0), k.stride(0), q_heads, k_heads, size, half, *padded
         )
 
 
@@ -179,10 +192,19 @@ def write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Att
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """As `reference.silu_mul`."""
+    return _gate(gate_up, is_gelu=False)
+
+
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    """As `reference.gelu_mul`."""
+    return _gate(gate_up, is_gelu=True)
+
+
+def _gate(gate_up: Tensor, is_gelu: bool) -> Tensor:
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     y = torch.empty(rows, size, dtype=gate_up.dtype, device=gate_up.device)
     if rows:
-        silu_mul_kernel[(rows, triton.cdiv(size, _SILU_NUMBERS))](gate_up, y, size, _SILU_NUMBERS)
+        gate_kernel[(rows, triton.cdiv(size, _GATE_NUMBERS))](gate_up, y, size, is_gelu, _GATE_NUMBERS)
     return y
 
 

@@ -61,12 +61,12 @@ def side_path(segments: tuple[Segment, ...]) -> None:
     lora.add_lora_(zeros(rows, sum(widths)), zeros(rows, 4096), batch, 1, widths)
 
 
-def attend(query_lens: list[int], context_len: int, group: int, head_dim: int) -> None:
+def attend(query_lens: list[int], context_len: int, group: int, head_dim: int, softcap: float | None = None) -> None:
     starts = torch.tensor([0, *query_lens]).cumsum(0).tolist()
     tables = torch.zeros(len(query_lens), 4, dtype=torch.int32)
     batch = AttentionBatch(tuple(starts), (context_len,) * len(query_lens), tables, torch.zeros(starts[-1]))
     cache = zeros(1, BLOCK_SIZE, KV_HEADS, head_dim)
-    attention.paged_attention(zeros(starts[-1], group * KV_HEADS, head_dim), cache, cache, batch, 0.1)
+    attention.paged_attention(zeros(starts[-1], group * KV_HEADS, head_dim), cache, cache, batch, 0.1, softcap=softcap)
 
 
 def write_kv() -> None:
@@ -90,6 +90,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "attention, prefill, late chunk": lambda: attend([100], 5000, 4, 128),
     "attention, prefill, odd group": lambda: attend([100], 100, 7, 64),
     "attention, prefill, heads of 256": lambda: attend([100], 100, 2, 256),
+    "attention, decode, softcap": lambda: attend([1, 1], 1000, 2, 256, softcap=50.0),
     "rms_norm": lambda: elementwise.rms_norm(zeros(2, 4096), zeros(4096), 1e-5),
     "rms_norm of heads": lambda: elementwise.rms_norm(zeros(2, 8, 128), zeros(128), 1e-5),
     "add_rms_norm_": lambda: elementwise.add_rms_norm_(zeros(2, 4096), zeros(2, 4096), zeros(4096), 1e-5),
@@ -98,6 +99,7 @@ CASES: dict[str, Callable[[], Any]] = {
     ),
     "write_kv_": write_kv,
     "silu_mul": lambda: elementwise.silu_mul(zeros(2, 28672)),
+    "gelu_mul": lambda: elementwise.gelu_mul(zeros(2, 28672)),
 }
 
 

@@ -22,8 +22,9 @@ def test_norms_round_where_the_reference_does(dtype: torch.dtype) -> None:
 
 
 @DTYPES
-def test_silu_mul_rounds_where_the_reference_does(dtype: torch.dtype) -> None:
+def test_activations_round_where_the_reference_does(dtype: torch.dtype) -> None:
     gate_up = 4 * torch.randn(2, 48).to(dtype)
+    torch.testing.assert_close(elementwise.gelu_mul(gate_up), reference.gelu_mul(gate_up))
     torch.testing.assert_close(elementwise.silu_mul(gate_up), reference.silu_mul(gate_up))
 
 
