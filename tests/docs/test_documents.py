@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from onebase_adapters.adapter import AdapterError, InvalidMerge
 from onebase_server.cli import app
 from onebase_server.errors import ConfigurationError, OnebaseError
+from onebase_server.model.families import FAMILIES
 from onebase_server.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +76,11 @@ def test_the_api_document_names_every_error_code_that_a_client_can_get():
     text = read("docs/api.md")
     errors = (leaves(OnebaseError) | leaves(AdapterError)) - {ConfigurationError, InvalidMerge}
     assert sorted(error.code for error in errors if f"`{error.code}`" not in text) == []
+
+
+def test_the_models_document_lists_every_family():
+    documented = rows(section(read("docs/models.md"), "Families"))
+    assert [name.strip("`") for name, _, _ in documented] == list(FAMILIES)
 
 
 def test_the_readme_lists_every_command():

@@ -166,11 +166,11 @@ def _lora_model(base: PreTrainedModel) -> PeftModel:
         else:
             model.add_adapter(name, config)
     assert isinstance(model, PeftModel)
-    _randomise(model)
+    randomise(model)
     return model
 
 
-def _randomise(model: PeftModel) -> None:
+def randomise(model: PeftModel) -> None:
     """PEFT starts every B at zero; give all of them values that change the answer."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from onebase_kernels import TABLE_COLUMNS, AttentionBatch, LoraBatch, StepInputs
+from onebase_kernels import TABLE_COLUMNS, AttentionBatch, LoraBatch, Segment, StepInputs
+from onebase_server.engine.packing import PackedAdapter
 from onebase_server.model.decoder import Decoder
 from onebase_server.model.kv_cache import allocate_kv_cache
 from onebase_server.settings import EngineSettings
@@ -23,6 +24,7 @@ TINY = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "max_position_embeddings": 64,
+    "pad_token_id": None,  # the families' own are beyond so small a vocabulary
     "initializer_range": 0.3,  # far from linear: a wrong term shows
 }
 
@@ -58,11 +60,20 @@ def engine_settings(tmp_path: Path) -> Callable[..., EngineSettings]:
     return make
 
 
+def _lora_of(adapter: PackedAdapter | None, num_tokens: int) -> LoraBatch:
+    """The adapter in the only slot, for all tokens; or none for any."""
+    if adapter is None:
+        return LoraBatch(torch.empty(0), torch.empty(0, 0, TABLE_COLUMNS, dtype=torch.int64), segments=())
+    return LoraBatch(adapter.numbers, adapter.table.flatten(0, 1).unsqueeze(1), (Segment(0, 0, num_tokens),))
+
+
 @pytest.fixture(scope="session")
 def logits_of() -> Callable[..., Tensor]:
     """Logits of one sequence, computed in chunks of the given sizes through a paged cache in scattered blocks."""
 
-    def run(decoder: Decoder, token_ids: Sequence[int], chunks: Sequence[int] = ()) -> Tensor:
+    def run(
+        decoder: Decoder, token_ids: Sequence[int], chunks: Sequence[int] = (), adapter: PackedAdapter | None = None
+    ) -> Tensor:
         block_size, num_blocks = 4, 32
         cache = allocate_kv_cache(decoder.config, num_blocks, block_size, decoder.dtype, decoder.device)
         for tensor in (*cache.keys, *cache.values):
@@ -77,8 +88,8 @@ def logits_of() -> Callable[..., Tensor]:
                 block_tables=block_table.unsqueeze(0),
                 slot_mapping=block_table[positions // block_size].long() * block_size + positions % block_size,
             )
-            no_lora = LoraBatch(torch.empty(0), torch.empty(0, 0, TABLE_COLUMNS, dtype=torch.int64), segments=())
-            inputs = StepInputs(torch.tensor(token_ids[start : start + size]), positions, batch, no_lora)
+            lora = _lora_of(adapter, size)
+            inputs = StepInputs(torch.tensor(token_ids[start : start + size]), positions, batch, lora)
             hidden = decoder.forward(inputs, cache)
             outputs.append(decoder.compute_logits(hidden))
             start += size

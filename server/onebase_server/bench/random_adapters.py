@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from onebase_adapters.peft_config import CONFIG_FILE
 from onebase_adapters.peft_format import WEIGHTS_FILE
 from onebase_server.model.config import ModelConfig
-from onebase_server.model.names import linear_names
+from onebase_server.model.names import linear_name
 
 UPDATE_SIZE = 0.02
 """Standard deviation of B; small, so that answers stay numbers."""
@@ -26,8 +26,8 @@ def write_random_adapter(directory: Path, config: ModelConfig, *, rank: int, see
     shapes = config.adapter_layout().shapes
     tensors = {}
     for layer in range(config.num_layers):
-        for projection, module in linear_names(config, layer).items():
-            rows, columns = shapes[projection]
+        for projection, (rows, columns) in shapes.items():
+            module = linear_name(layer, projection)
             lora_a = rng.standard_normal((rank, columns), dtype=np.float32) / np.sqrt(columns)
             lora_b = rng.standard_normal((rows, rank), dtype=np.float32) * UPDATE_SIZE
             tensors[f"base_model.model.{module}.lora_A.weight"] = lora_a.astype(np.float16)

@@ -4,15 +4,27 @@ The families differ only in the fields below; nothing after this module asks for
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from onebase_adapters.adapter import BaseLayout
 from onebase_server.errors import ConfigurationError
 from onebase_server.model.config_reader import ConfigReader, HfConfig
-from onebase_server.model.rope_config import RopeConfig, read_rope
+from onebase_server.model.families import family_of
+from onebase_server.model.layer_config import Activation, NormConfig, NormPlaces, ScaleConfig
+from onebase_server.model.rope_config import RopeConfig
+
+
+class CheckpointLinear(NamedTuple):
+    """A linear as checkpoints have it: a projection, or several whose output rows follow each other."""
+
+    name: str
+    projections: tuple[str, ...]
+    widths: tuple[int, ...]
+    """Output features of each projection."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +36,18 @@ class ProjectionGroup:
     in_features: int
     widths: tuple[int, ...]
     """Output features of each projection."""
+    fused: str | None = None
+    """The one linear that the checkpoint has for all projections."""
+
+    @property
+    def linears(self) -> tuple[CheckpointLinear, ...]:
+        """What the checkpoint has of it."""
+        if self.fused is not None:
+            return (CheckpointLinear(self.fused, self.projections, self.widths),)
+        return tuple(
+            CheckpointLinear(projection, (projection,), (width,))
+            for projection, width in zip(self.projections, self.widths, strict=True)
+        )
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -43,15 +67,22 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rms_norm_eps: float
     max_position_embeddings: int
     """As `config.json` says it; `max_context` counts rope scaling in."""
     rope: RopeConfig
+    """Of the layers that see the whole context."""
+    ropes: tuple[RopeConfig | None, ...]
+    """Per layer; None does not rotate."""
+    norms: NormConfig
+    scales: ScaleConfig
+    activation: Activation
+    is_parallel: bool
+    """Whether attention and MLP of a layer read the same normed hidden states."""
+    is_fused: bool
+    """Whether the checkpoint stores q, k and v as one tensor, and gate and up as another."""
     tie_word_embeddings: bool
     biases: frozenset[str]
     """The projections that add a bias."""
-    qk_norm: bool
-    """Whether each head of q and k is normalised before rope."""
     windows: tuple[int | None, ...]
     """Per layer: how many tokens back (itself included) a token sees; None sees all."""
     dtype: str | None = None
@@ -67,28 +98,37 @@ class ModelConfig:
         Raises:
             ConfigurationError: the family, or an option of it, is not carried; or a field is missing or senseless.
         """
-        family = _family_of(hf)
+        family = family_of(hf)
         reader = ConfigReader(hf)
-        reader.refuse_unless("hidden_act", "silu")
+        for option, carried in family.carried_options.items():
+            reader.refuse_unless(option, carried)
         heads = reader.integer("num_attention_heads")
         hidden = reader.integer("hidden_size")
-        layers = reader.integer("num_hidden_layers")
+        windows = family.windows(reader, reader.integer("num_hidden_layers"))
+        rope, ropes = family.ropes(reader, windows)
+        head_dim = reader.integer("head_dim", default=family.head_dim or hidden // heads)
+        is_parallel = family.parallel_key is not None and bool(hf.get(family.parallel_key))
+        norms = replace(family.norms, eps=reader.number(family.eps_key, default=family.norms.eps))
         config = cls(
             family=hf["model_type"],
             vocab_size=reader.integer("vocab_size"),
             hidden_size=hidden,
             intermediate_size=reader.integer("intermediate_size"),
-            num_layers=layers,
+            num_layers=len(windows),
             num_heads=heads,
             num_kv_heads=reader.integer("num_key_value_heads", default=family.num_kv_heads or heads),
-            head_dim=reader.integer("head_dim", default=family.head_dim or hidden // heads),
-            rms_norm_eps=reader.number("rms_norm_eps", default=1e-6),
+            head_dim=head_dim,
             max_position_embeddings=reader.integer("max_position_embeddings"),
-            rope=read_rope(reader),
-            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            rope=rope,
+            ropes=ropes,
+            norms=replace(norms, places=_PARALLEL_PLACES) if is_parallel else norms,
+            scales=family.scales(reader, hidden, head_dim),
+            activation=_activation(reader, family.activations),
+            is_parallel=is_parallel,
+            is_fused=family.is_fused,
+            tie_word_embeddings=bool(hf.get("tie_word_embeddings", family.ties_embeddings)),
             biases=family.biases(hf),
-            qk_norm=family.qk_norm,
-            windows=family.windows(reader, layers),
+            windows=windows,
             dtype=hf.get("dtype") or hf.get("torch_dtype"),
             eos_token_ids=_token_ids(hf.get("eos_token_id")),
             is_quantized=_is_nf4(hf),
@@ -117,10 +157,11 @@ class ModelConfig:
         """The four groups of every layer, in the order of `LoraBatch.table`."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         hidden, inner = self.hidden_size, self.intermediate_size
+        fused_qkv, fused_gate_up = ("qkv_proj", "gate_up_proj") if self.is_fused else (None, None)
         return (
-            ProjectionGroup("qkv", ("q_proj", "k_proj", "v_proj"), hidden, (q, kv, kv)),
+            ProjectionGroup("qkv", ("q_proj", "k_proj", "v_proj"), hidden, (q, kv, kv), fused_qkv),
             ProjectionGroup("o", ("o_proj",), q, (hidden,)),
-            ProjectionGroup("gate_up", ("gate_proj", "up_proj"), hidden, (inner, inner)),
+            ProjectionGroup("gate_up", ("gate_proj", "up_proj"), hidden, (inner, inner), fused_gate_up),
             ProjectionGroup("down", ("down_proj",), inner, (hidden,)),
         )
 
@@ -141,7 +182,7 @@ class ModelConfig:
         configurations with llama3 or longrope scaling already state the stretched length.
         """
         if self.rope.rope_type in ("linear", "dynamic"):
-            return int(self.max_position_embeddings * self.rope.factor)
+            return int(self.rope.trained_context * self.rope.factor)
         if self.rope.rope_type == "yarn":
             stretched = int(self.rope.trained_context * self.rope.factor)
             return max(stretched, self.max_position_embeddings)
@@ -153,88 +194,32 @@ class ModelConfig:
                 f"config.json: num_attention_heads ({self.num_heads}) is not a multiple of "
                 f"num_key_value_heads ({self.num_kv_heads})."
             )
-        if self.head_dim % 2:
-            raise ConfigurationError(f"config.json: head_dim ({self.head_dim}) is odd; rope rotates pairs.")
+        rotated = self.rope.rotated_dim(self.head_dim)
+        if rotated % 2:
+            raise ConfigurationError(
+                f"config.json: {rotated} of a head's {self.head_dim} numbers would be rotated; rope rotates pairs."
+            )
         if self.rope.rope_type == "longrope":
             for name, factors in (("short_factor", self.rope.short_factor), ("long_factor", self.rope.long_factor)):
-                if len(factors) != self.head_dim // 2:
+                if len(factors) != rotated // 2:
                     raise ConfigurationError(
-                        f"config.json: {name} has {len(factors)} numbers; longrope needs head_dim / 2 = "
-                        f"{self.head_dim // 2}."
+                        f"config.json: {name} has {len(factors)} numbers; longrope needs one for each of the "
+                        f"{rotated // 2} pairs that it rotates."
                     )
 
 
-def _no_windows(_reader: ConfigReader, num_layers: int) -> tuple[int | None, ...]:
-    return (None,) * num_layers
+_PARALLEL_PLACES = NormPlaces(before_mlp=None)
 
 
-def _mistral_windows(reader: ConfigReader, num_layers: int) -> tuple[int | None, ...]:
-    if reader.hf.get("sliding_window") is None:
-        return (None,) * num_layers
-    return (reader.integer("sliding_window"),) * num_layers
-
-
-def _qwen_windows(reader: ConfigReader, num_layers: int) -> tuple[int | None, ...]:
-    """`use_sliding_window` switches windows on, `layer_types` or `max_window_layers` says in which layers."""
-    hf = reader.hf
-    if not hf.get("use_sliding_window") or hf.get("sliding_window") is None:
-        return (None,) * num_layers
-    window = reader.integer("sliding_window")
-    layer_types = hf.get("layer_types")
-    if layer_types is None:
-        first = hf.get("max_window_layers", 28)
-        return tuple(window if layer >= first else None for layer in range(num_layers))
-    if len(layer_types) != num_layers or set(layer_types) - {"full_attention", "sliding_attention"}:
+def _activation(reader: ConfigReader, carried: Mapping[str, Activation]) -> Activation:
+    """`hidden_activation` (Gemma) or `hidden_act`, as the family means it."""
+    key = "hidden_act" if reader.hf.get("hidden_activation") is None else "hidden_activation"
+    name = reader.hf.get(key) or next(iter(carried))
+    if name not in carried:
         raise ConfigurationError(
-            f"config.json: layer_types should name full_attention or sliding_attention for each of the {num_layers} "
-            f"layers, not {layer_types!r}."
+            f"config.json: {key} = {name!r} is not carried; only {', '.join(map(repr, carried))} is."
         )
-    return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
-
-
-_ATTENTION_INPUTS = frozenset({"q_proj", "k_proj", "v_proj"})
-_ATTENTION = _ATTENTION_INPUTS | {"o_proj"}
-_MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
-
-
-def _biases_as_told(hf: HfConfig) -> frozenset[str]:
-    attention = _ATTENTION if hf.get("attention_bias") else frozenset()
-    return attention | (_MLP if hf.get("mlp_bias") else frozenset())
-
-
-@dataclass(frozen=True)
-class _Family:
-    """How a family's `config.json` maps to the fields above, with the defaults that it may leave out."""
-
-    biases: Callable[[HfConfig], frozenset[str]]
-    windows: Callable[[ConfigReader, int], tuple[int | None, ...]]
-    qk_norm: bool = False
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
-
-
-_FAMILIES: dict[str, _Family] = {
-    "llama": _Family(biases=_biases_as_told, windows=_no_windows),
-    "mistral": _Family(biases=lambda _: frozenset(), windows=_mistral_windows, num_kv_heads=8),
-    "qwen2": _Family(biases=lambda _: _ATTENTION_INPUTS, windows=_qwen_windows, num_kv_heads=32),
-    "qwen3": _Family(
-        biases=lambda hf: _ATTENTION if hf.get("attention_bias") else frozenset(),
-        windows=_qwen_windows,
-        qk_norm=True,
-        num_kv_heads=32,
-        head_dim=128,
-    ),
-}
-
-
-def _family_of(hf: HfConfig) -> _Family:
-    model_type = hf.get("model_type")
-    family = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if family is None:
-        raise ConfigurationError(
-            f"config.json: the model family {model_type!r} is not carried. Carried families: {', '.join(_FAMILIES)}."
-        )
-    return family
+    return carried[name]
 
 
 def _is_nf4(hf: HfConfig) -> bool:

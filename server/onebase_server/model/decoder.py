@@ -11,17 +11,29 @@ from onebase_kernels import LoraBatch, StepInputs
 from onebase_server.model.config import ModelConfig
 from onebase_server.model.decoder_weights import DecoderWeights, LayerWeights
 from onebase_server.model.kv_cache import KvCache
+from onebase_server.model.norm import add_and_normalize_, normalize, normalize_heads
 from onebase_server.model.rope import RotaryTable
+
+_GATES = {"silu": kernels.silu_mul, "gelu_tanh": kernels.gelu_mul}
 
 
 class Decoder:
-    """A pre-norm transformer with rope, grouped-query attention and a gated MLP (arXiv 2302.13971, 2305.13245)."""
+    """A transformer with rope, grouped-query attention and a gated MLP (arXiv 2302.13971, 2305.13245).
+
+    Where its norms are, what rotates and what is scaled or capped is what `config` says.
+    """
 
     def __init__(self, config: ModelConfig, weights: DecoderWeights, max_model_len: int) -> None:
         self.config = config
         self.weights = weights
         self.max_model_len = max_model_len
-        self.rotary = RotaryTable.build(config.rope, config.head_dim, max_model_len, self.device)
+        tables = {
+            rope: RotaryTable.build(rope, config.head_dim, max_model_len, self.device)
+            for rope in set(config.ropes)
+            if rope is not None
+        }
+        self.rotaries = tuple(None if rope is None else tables[rope] for rope in config.ropes)
+        """Of each layer; None does not rotate."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -47,36 +59,47 @@ class Decoder:
 
         `embedding` [rows, hidden] is what token ids index instead of the vocabulary: vectors that are no token's.
         """
-        eps = self.config.rms_norm_eps
-        layers = self.weights.layers
-        hidden = kernels.embed(inputs.token_ids, self.weights.embedding if embedding is None else embedding)
-        normed = kernels.rms_norm(hidden, layers[0].input_norm, eps)
+        scales, layers = self.config.scales, self.weights.layers
+        if embedding is None:
+            hidden = kernels.embed(inputs.token_ids, self.weights.embedding, scales.embedding)
+        else:
+            hidden = kernels.embed(inputs.token_ids, embedding, scales.virtual_embedding)
+        normed = normalize(hidden, layers[0].norms.before_attention)
         for index, layer in enumerate(layers):
-            attended = self._attend(normed, index, inputs, kv_cache)
-            normed = kernels.add_rms_norm_(hidden, attended, layer.post_attention_norm, eps)
-            next_norm = layers[index + 1].input_norm if index + 1 < len(layers) else self.weights.norm
-            normed = kernels.add_rms_norm_(hidden, self._mlp(normed, layer, inputs.lora), next_norm, eps)
+            attended = normalize(self._attend(normed, index, inputs, kv_cache), layer.norms.after_attention)
+            if self.config.is_parallel:
+                kernels.add_(hidden, attended, scales.residual)
+            else:
+                normed = add_and_normalize_(hidden, attended, scales.residual, layer.norms.before_mlp)
+            projected = normalize(self._mlp(normed, layer, inputs.lora), layer.norms.after_mlp)
+            next_norm = layers[index + 1].norms.before_attention if index + 1 < len(layers) else self.weights.norm
+            normed = add_and_normalize_(hidden, projected, scales.residual, next_norm)
         return normed
 
     @torch.inference_mode()
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Logits fp32 [R, vocab] of hidden states [R, hidden]."""
-        return kernels.head_logits(hidden, self.weights.head)
+        logits = kernels.head_logits(hidden, self.weights.head)
+        if self.config.scales.logits_softcap is not None:
+            kernels.softcap_(logits, self.config.scales.logits_softcap)
+        return logits
 
     def _attend(self, x: Tensor, index: int, inputs: StepInputs, kv_cache: KvCache) -> Tensor:
         layer, config, attention = self.weights.layers[index], self.config, inputs.attention
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        scales, rotary = config.scales, self.rotaries[index]
         qkv = layer.qkv(x, inputs.lora).view(x.shape[0], heads + 2 * kv_heads, head_dim)
         q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q = kernels.rms_norm(q, layer.q_norm, config.rms_norm_eps)
-            k = kernels.rms_norm(k, layer.k_norm, config.rms_norm_eps)
-        kernels.apply_rope_(q, k, self.rotary.cos, self.rotary.sin, inputs.positions)
+        q, k = normalize_heads(q, layer.norms.q), normalize_heads(k, layer.norms.k)
+        if rotary is not None:
+            kernels.apply_rope_(q, k, rotary.cos, rotary.sin, inputs.positions)
         k_cache, v_cache = kv_cache.keys[index], kv_cache.values[index]
         kernels.write_kv_(k, v, k_cache, v_cache, attention)
-        out = kernels.paged_attention(q, k_cache, v_cache, attention, head_dim**-0.5, config.windows[index])
+        out = kernels.paged_attention(
+            q, k_cache, v_cache, attention, scales.attention, config.windows[index], scales.attention_softcap
+        )
         return layer.o(out.view(x.shape[0], heads * head_dim), inputs.lora)
 
-    @staticmethod
-    def _mlp(x: Tensor, layer: LayerWeights, lora: LoraBatch) -> Tensor:
-        return layer.down(kernels.silu_mul(layer.gate_up(x, lora)), lora)
+    def _mlp(self, x: Tensor, layer: LayerWeights, lora: LoraBatch) -> Tensor:
+        gate = _GATES[self.config.activation]
+        return layer.down(gate(layer.gate_up(x, lora)), lora)

@@ -2,24 +2,34 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from onebase_kernels import PackedNf4
 from onebase_server.model.linear import LinearGroup
+from onebase_server.model.norm import Norm
+
+
+class LayerNorms(NamedTuple):
+    """The norms of a layer; None where the family has none (`layer_config.NormPlaces`)."""
+
+    before_attention: Norm | None
+    after_attention: Norm | None
+    before_mlp: Norm | None
+    after_mlp: Norm | None
+    q: Norm | None
+    """Of a head's numbers, or of all heads' together, as its size says; so is `k`."""
+    k: Norm | None
 
 
 @dataclass(frozen=True)
 class LayerWeights:
     """One layer of the base."""
 
-    input_norm: Tensor
+    norms: LayerNorms
     qkv: LinearGroup
-    q_norm: Tensor | None
-    """[head_dim]; only families that normalise heads have it and `k_norm`."""
-    k_norm: Tensor | None
     o: LinearGroup
-    post_attention_norm: Tensor
     gate_up: LinearGroup
     down: LinearGroup
 
@@ -53,7 +63,8 @@ class DecoderWeights:
     embedding: Tensor
     """[vocab, hidden]."""
     layers: tuple[LayerWeights, ...]
-    norm: Tensor
+    norm: Norm
+    """The last one, before the head."""
     head: Tensor | PackedNf4
     """[vocab, hidden]; the embedding itself where the two are tied, unless it is quantised."""
 
@@ -65,15 +76,11 @@ class DecoderWeights:
 
     def report(self) -> WeightReport:
         """What they take in memory."""
-        norms = [
-            norm
-            for layer in self.layers
-            for norm in (layer.input_norm, layer.post_attention_norm, layer.q_norm, layer.k_norm)
-        ]
+        norms = [self.norm, *(norm for layer in self.layers for norm in layer.norms)]
         biases = [group.bias for group in self.groups]
         return WeightReport(
             linear_parameters=sum(group.num_parameters for group in self.groups),
             linear_bytes=sum(group.nbytes for group in self.groups),
             embedding_bytes=self.embedding.nbytes + (0 if self.head is self.embedding else self.head.nbytes),
-            other_bytes=sum(tensor.nbytes for tensor in (self.norm, *norms, *biases) if tensor is not None),
+            other_bytes=sum(part.nbytes for part in (*norms, *biases) if part is not None),
         )

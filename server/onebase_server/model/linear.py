@@ -34,8 +34,11 @@ class LinearGroup:
     """Of this group in the adapters' table."""
 
     @classmethod
-    def build(cls, linears: Sequence[Linear], place: int) -> "LinearGroup":
-        """Put a group's projections side by side; NF4 is packed for the back end that was chosen."""
+    def build(cls, linears: Sequence[Linear], widths: tuple[int, ...], place: int) -> "LinearGroup":
+        """Put a group's linears side by side, one of each projection or one of all.
+
+        NF4 is packed for the back end that was chosen.
+        """
         weights = [linear.weight for linear in linears]
         quantised = [weight for weight in weights if isinstance(weight, Nf4Weight)]
         dense = [weight for weight in weights if isinstance(weight, Tensor)]
@@ -45,8 +48,7 @@ class LinearGroup:
             parts = (kernels.pack_dense(_join(dense)),)
         else:
             parts = tuple(kernels.pack_nf4([w]) if isinstance(w, Nf4Weight) else kernels.pack_dense(w) for w in weights)
-        widths = tuple(weight.shape[0] for weight in weights)
-        return cls(parts, widths, _join_biases([linear.bias for linear in linears], widths), place)
+        return cls(parts, widths, _join_biases(linears), place)
 
     @property
     def num_parameters(self) -> int:
@@ -83,9 +85,9 @@ def _join(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
-def _join_biases(biases: Sequence[Tensor | None], widths: Sequence[int]) -> Tensor | None:
-    """One bias for the group; zeros for a projection that has none beside one that has."""
-    present = [bias for bias in biases if bias is not None]
+def _join_biases(linears: Sequence[Linear]) -> Tensor | None:
+    """One bias for the group; zeros for a linear that has none beside one that has."""
+    present = [linear.bias for linear in linears if linear.bias is not None]
     if not present:
         return None
-    return _join([present[0].new_zeros(n) if bias is None else bias for bias, n in zip(biases, widths, strict=True)])
+    return _join([present[0].new_zeros(weight.shape[0]) if bias is None else bias for weight, bias in linears])

@@ -115,16 +115,28 @@ class _Merger:
 
     def _layer(self, layer: int) -> dict[str, Tensor]:
         shapes = names.layer_shapes(self.config, layer)
-        modules = names.linear_names(self.config, layer)
-        weights = {f"{module}.weight" for module in modules.values()}
-        written = self._unchanged(self._checkpoint.read(shapes.keys() - weights))
-        for projection, module in modules.items():
+        modules = names.linear_shapes(self.config, layer).keys()
+        updates = self._updates(layer)
+        written = self._unchanged(self._checkpoint.read(shapes.keys() - {f"{module}.weight" for module in modules}))
+        for module in modules:
             weight = self._read_weight(f"{module}.weight")
-            pair = self._adapter.pairs.get(ModuleKey(layer, projection))
-            if pair is not None:
-                weight = self._merge(module, weight, pair)
+            if module in updates:
+                weight = self._merge(module, weight, updates[module])
             written |= self._as_tensors(f"{module}.weight", weight)
         return written
+
+    def _updates(self, layer: int) -> dict[str, Tensor]:
+        """What the adapter adds to a layer's linears, [out, in] in fp32 by module."""
+        updates: dict[str, Tensor] = {}
+        for group in self.config.projection_groups:
+            for linear in group.linears:
+                pairs = [self._adapter.pairs.get(ModuleKey(layer, projection)) for projection in linear.projections]
+                if any(pairs):
+                    parts = zip(pairs, linear.widths, strict=True)
+                    updates[names.linear_name(layer, linear.name)] = torch.cat(
+                        [_update(pair) if pair else torch.zeros(width, group.in_features) for pair, width in parts]
+                    )
+        return updates
 
     def _unchanged(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self._dtype) for name, tensor in tensors.items()}
@@ -139,9 +151,8 @@ class _Merger:
             return quantize_nf4(tensors[name], self._form.double_quant)
         return tensors[name]
 
-    def _merge(self, module: str, weight: Tensor | Nf4Weight, pair: LowRankPair) -> Tensor | Nf4Weight:
+    def _merge(self, module: str, weight: Tensor | Nf4Weight, update: Tensor) -> Tensor | Nf4Weight:
         """Base plus update, rounded as it will be written."""
-        update = _update(pair)
         merged = _dense(weight) + update
         rounded = self._rounded(merged)
         error = _dense(rounded) - merged

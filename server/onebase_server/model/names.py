@@ -7,46 +7,50 @@ from onebase_server.model.config import ModelConfig
 Shape = tuple[int, ...]
 
 EMBEDDING = "model.embed_tokens.weight"
-FINAL_NORM = "model.norm.weight"
+FINAL_NORM = "model.norm"
 HEAD = "lm_head.weight"
 
-_MODULE_OF = {
+_PARENT_OF = {
     "q_proj": "self_attn",
     "k_proj": "self_attn",
     "v_proj": "self_attn",
+    "qkv_proj": "self_attn",
     "o_proj": "self_attn",
     "gate_proj": "mlp",
     "up_proj": "mlp",
+    "gate_up_proj": "mlp",
     "down_proj": "mlp",
 }
 
 
-def linear_names(config: ModelConfig, layer: int) -> dict[str, str]:
-    """Each projection's module in a layer: `{"q_proj": "model.layers.0.self_attn.q_proj", …}`."""
-    return {
-        projection: f"model.layers.{layer}.{_MODULE_OF[projection]}.{projection}"
-        for group in config.projection_groups
-        for projection in group.projections
-    }
+def linear_name(layer: int, linear: str) -> str:
+    """A linear's module: `model.layers.0.self_attn.q_proj`."""
+    return f"model.layers.{layer}.{_PARENT_OF[linear]}.{linear}"
 
 
 def norm_name(layer: int, norm: str) -> str:
-    """The weight of a layer's norm: `input_layernorm`, `post_attention_layernorm`, `q_norm` or `k_norm`."""
-    module = "self_attn." if norm in ("q_norm", "k_norm") else ""
-    return f"model.layers.{layer}.{module}{norm}.weight"
+    """A norm's module: `model.layers.0.input_layernorm`, `model.layers.0.self_attn.q_norm`."""
+    parent = "self_attn." if norm in ("q_norm", "k_norm") else ""
+    return f"model.layers.{layer}.{parent}{norm}"
+
+
+def linear_shapes(config: ModelConfig, layer: int) -> dict[str, Shape]:
+    """The weights of a layer's linears, by module."""
+    return {
+        linear_name(layer, linear.name): (sum(linear.widths), group.in_features)
+        for group in config.projection_groups
+        for linear in group.linears
+    }
 
 
 def layer_shapes(config: ModelConfig, layer: int) -> dict[str, Shape]:
     """All tensors of a layer before quantisation."""
-    shapes: dict[str, Shape] = {
-        norm_name(layer, norm): (config.hidden_size,) for norm in ("input_layernorm", "post_attention_layernorm")
-    }
-    if config.qk_norm:
-        shapes |= {norm_name(layer, norm): (config.head_dim,) for norm in ("q_norm", "k_norm")}
-    for projection, module in linear_names(config, layer).items():
-        shape = config.adapter_layout().shapes[projection]
+    shapes: dict[str, Shape] = {}
+    for norm, size in _norm_sizes(config).items():
+        shapes |= _norm_shapes(config, norm_name(layer, norm), size)
+    for module, shape in linear_shapes(config, layer).items():
         shapes[f"{module}.weight"] = shape
-        if projection in config.biases:
+        if module.rpartition(".")[2] in config.biases:
             shapes[f"{module}.bias"] = shape[:1]
     return shapes
 
@@ -54,7 +58,7 @@ def layer_shapes(config: ModelConfig, layer: int) -> dict[str, Shape]:
 def outer_shapes(config: ModelConfig) -> dict[str, Shape]:
     """All tensors that are in no layer."""
     vocab = (config.vocab_size, config.hidden_size)
-    shapes: dict[str, Shape] = {EMBEDDING: vocab, FINAL_NORM: (config.hidden_size,)}
+    shapes: dict[str, Shape] = {EMBEDDING: vocab} | _norm_shapes(config, FINAL_NORM, config.hidden_size)
     return shapes if config.tie_word_embeddings else shapes | {HEAD: vocab}
 
 
@@ -69,6 +73,22 @@ def all_shapes(config: ModelConfig) -> dict[str, Shape]:
 def is_ignored(name: str, config: ModelConfig) -> bool:
     """Whether a tensor may be there although nothing needs it: a tied head's copy, rope tables of old checkpoints."""
     return name.endswith("rotary_emb.inv_freq") or (name == HEAD and config.tie_word_embeddings)
+
+
+def _norm_sizes(config: ModelConfig) -> dict[str, int]:
+    """The norms of each layer, and how many numbers each takes."""
+    sizes = {norm: config.hidden_size for norm in config.norms.places if norm is not None}
+    match config.norms.heads:
+        case "each":
+            sizes |= {"q_norm": config.head_dim, "k_norm": config.head_dim}
+        case "together":
+            sizes |= {"q_norm": config.num_heads * config.head_dim, "k_norm": config.num_kv_heads * config.head_dim}
+    return sizes
+
+
+def _norm_shapes(config: ModelConfig, module: str, size: int) -> dict[str, Shape]:
+    parts = ("weight", "bias") if config.norms.kind == "layer" else ("weight",)
+    return {f"{module}.{part}": (size,) for part in parts}
 
 
 def listed(names: Collection[str], limit: int = 5) -> str:

@@ -20,7 +20,7 @@ from onebase_server.model import bnb_format
 from onebase_server.model.checkpoint import Checkpoint
 from onebase_server.model.checkpoint_writer import Progress, write_checkpoint
 from onebase_server.model.config import ModelConfig
-from onebase_server.model.names import layer_shapes, linear_names, outer_shapes
+from onebase_server.model.names import layer_shapes, linear_shapes, outer_shapes
 
 FORMAT_VERSION = 1
 """Part of the fingerprint; another number makes every cached form anew."""
@@ -85,7 +85,7 @@ def _shards(
     yield source.read(outer_shapes(config))
     for layer in range(config.num_layers):
         tensors = source.read(layer_shapes(config, layer))
-        for name in linear_names(config, layer).values():
+        for name in linear_shapes(config, layer):
             weight = tensors.pop(f"{name}.weight")
             quantised = quantize_nf4(weight.to(device), double_quant)
             tensors |= bnb_format.to_tensors(f"{name}.weight", quantised, weight.dtype)

@@ -15,7 +15,7 @@ from onebase_server.model.rope_config import RopeConfig
 
 @dataclass(frozen=True)
 class RotaryTable:
-    """Cosine and sine of every position's angles, fp32 [max_model_len, head_dim / 2]."""
+    """Cosine and sine of every position's angles, fp32 [max_model_len, pairs]."""
 
     cos: Tensor
     sin: Tensor
@@ -29,62 +29,63 @@ class RotaryTable:
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, served_context: int) -> tuple[Tensor, float]:
-    """Radians per position of each rotated pair, fp32 [head_dim / 2], and the factor that cos and sin are scaled by."""
+    """Radians per position of each rotated pair, fp32 [pairs], and the factor that cos and sin are scaled by."""
+    dims = rope.rotated_dim(head_dim)
     match rope.rope_type:
         case "default":
-            return _plain(rope.theta, head_dim), 1.0
+            return _plain(rope.theta, dims), 1.0
         case "linear":
-            return _plain(rope.theta, head_dim) / rope.factor, 1.0
+            return _plain(rope.theta, dims) / rope.factor, 1.0
         case "dynamic":
-            return _dynamic(rope, head_dim, served_context), 1.0
+            return _dynamic(rope, dims, served_context), 1.0
         case "llama3":
-            return _llama3(rope, head_dim), 1.0
+            return _llama3(rope, dims), 1.0
         case "yarn":
-            return _yarn(rope, head_dim), _yarn_attention_factor(rope)
+            return _yarn(rope, dims), _yarn_attention_factor(rope)
         case "longrope":
-            return _longrope(rope, head_dim, served_context), _longrope_attention_factor(rope)
+            return _longrope(rope, dims, served_context), _longrope_attention_factor(rope)
 
 
-def _exponents(head_dim: int) -> Tensor:
-    return torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+def _exponents(dims: int) -> Tensor:
+    return torch.arange(0, dims, 2, dtype=torch.float32) / dims
 
 
-def _plain(theta: float, head_dim: int) -> Tensor:
+def _plain(theta: float, dims: int) -> Tensor:
     """`theta^(-2i / d)` (arXiv 2104.09864, section 3.2.2)."""
-    return 1.0 / (theta ** _exponents(head_dim))
+    return 1.0 / (theta ** _exponents(dims))
 
 
-def _dynamic(rope: RopeConfig, head_dim: int, served_context: int) -> Tensor:
+def _dynamic(rope: RopeConfig, dims: int, served_context: int) -> Tensor:
     """NTK-aware scaling: theta grows with the context beyond the trained one, so that only slow pairs stretch."""
     trained = rope.trained_context
     stretch = rope.factor * max(served_context, trained) / trained - (rope.factor - 1)
-    return _plain(rope.theta * stretch ** (head_dim / (head_dim - 2)), head_dim)
+    return _plain(rope.theta * stretch ** (dims / (dims - 2)), dims)
 
 
-def _llama3(rope: RopeConfig, head_dim: int) -> Tensor:
+def _llama3(rope: RopeConfig, dims: int) -> Tensor:
     """Llama 3.1: slow pairs are divided by the factor, fast ones left alone, those between blended."""
     trained = rope.trained_context
-    frequencies = _plain(rope.theta, head_dim)
+    frequencies = _plain(rope.theta, dims)
     rotations = trained * frequencies / (2 * math.pi)  # within the trained context
     blend = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     blend = blend.clamp(0, 1)
     return (1 - blend) * frequencies / rope.factor + blend * frequencies
 
 
-def _yarn(rope: RopeConfig, head_dim: int) -> Tensor:
+def _yarn(rope: RopeConfig, dims: int) -> Tensor:
     """YaRN (arXiv 2309.00071, section 3.2): the blend goes linearly over pairs instead of rotations."""
 
     def pair_with_rotations(rotations: float) -> float:
         wavelength = rope.trained_context / (rotations * 2 * math.pi)
-        return head_dim * math.log(wavelength) / (2 * math.log(rope.theta))
+        return dims * math.log(wavelength) / (2 * math.log(rope.theta))
 
     first, last = pair_with_rotations(rope.beta_fast), pair_with_rotations(rope.beta_slow)
     if rope.truncate:
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, head_dim - 1)
+    first, last = max(first, 0), min(last, dims - 1)
     width = (last - first) or 0.001  # a jump instead of a division by zero
-    stretched = ((torch.arange(head_dim // 2, dtype=torch.float32) - first) / width).clamp(0, 1)
-    wavelengths = rope.theta ** _exponents(head_dim)
+    stretched = ((torch.arange(dims // 2, dtype=torch.float32) - first) / width).clamp(0, 1)
+    wavelengths = rope.theta ** _exponents(dims)
     return (1.0 / (rope.factor * wavelengths)) * stretched + (1.0 / wavelengths) * (1 - stretched)
 
 
@@ -101,11 +102,11 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
     return magnitude(1.0)
 
 
-def _longrope(rope: RopeConfig, head_dim: int, served_context: int) -> Tensor:
+def _longrope(rope: RopeConfig, dims: int, served_context: int) -> Tensor:
     """LongRoPE (arXiv 2402.13753): each pair has a searched factor, one set for short and one for long contexts."""
     long = served_context > rope.trained_context
     factors = torch.tensor(rope.long_factor if long else rope.short_factor, dtype=torch.float32)
-    return 1.0 / (factors * rope.theta ** _exponents(head_dim))
+    return 1.0 / (factors * rope.theta ** _exponents(dims))
 
 
 def _longrope_attention_factor(rope: RopeConfig) -> float:

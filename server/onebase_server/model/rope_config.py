@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 from onebase_server.errors import ConfigurationError
 from onebase_server.model.config_reader import ConfigReader
 
 RopeType = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"]
 ROPE_TYPES: tuple[RopeType, ...] = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+_OLD_NAMES: Mapping[str, str] = {"su": "longrope"}
+"""What the first checkpoints called a type."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,18 @@ class RopeConfig:
     long_factor: tuple[float, ...] = ()
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+    rotated_share: float = 1.0
+    """Of each head, its first numbers; the others stay as they are."""
+
+    def rotated_dim(self, head_dim: int) -> int:
+        """How many numbers of each head are rotated."""
+        return int(head_dim * self.rotated_share)
 
 
-def read_rope(reader: ConfigReader) -> RopeConfig:
+def read_rope(reader: ConfigReader, default_theta: float = 10_000.0, default_share: float = 1.0) -> RopeConfig:
     """Read `rope_parameters` (Transformers 5), or `rope_theta` beside `rope_scaling` (before).
+
+    The defaults are the family's, for a `rope_theta` or `partial_rotary_factor` that is left out.
 
     Raises:
         ConfigurationError: the type, or an option of it, is not carried; or a field is missing or senseless.
@@ -45,8 +56,8 @@ def read_rope(reader: ConfigReader) -> RopeConfig:
         raise ConfigurationError("config.json: rope parameters that differ between layers are not carried.")
     beside = {key: hf.get(key) for key in ("rope_theta", "partial_rotary_factor")}
     rope = ConfigReader({**beside, **found})
-    rope.refuse_unless("partial_rotary_factor", 1.0)
     rope_type = found.get("rope_type", found.get("type", "default"))
+    rope_type = _OLD_NAMES.get(rope_type, rope_type)
     if rope_type not in ROPE_TYPES:
         raise ConfigurationError(
             f"config.json: the rope type {rope_type!r} is not carried. Carried types: {', '.join(ROPE_TYPES)}."
@@ -56,8 +67,8 @@ def read_rope(reader: ConfigReader) -> RopeConfig:
     ratio = reader.integer("max_position_embeddings") / trained
     needs_factor = rope_type in ("linear", "dynamic", "llama3")
     return RopeConfig(
-        rope_type=cast("RopeType", rope_type),
-        theta=rope.number("rope_theta", default=10_000.0),
+        rope_type=rope_type,
+        theta=rope.number("rope_theta", default=default_theta),
         factor=rope.number("factor", default=None if needs_factor else ratio),
         trained_context=trained,
         attention_factor=rope.optional_number("attention_factor"),
@@ -70,6 +81,7 @@ def read_rope(reader: ConfigReader) -> RopeConfig:
         long_factor=tuple(found.get("long_factor") or ()),
         low_freq_factor=rope.number("low_freq_factor", default=1.0),
         high_freq_factor=rope.number("high_freq_factor", default=4.0),
+        rotated_share=rope.number("partial_rotary_factor", default=default_share),
     )
 
 

@@ -16,11 +16,12 @@ from onebase_server.errors import ConfigurationError
 from onebase_server.model import bnb_format, names
 from onebase_server.model.checkpoint import Checkpoint
 from onebase_server.model.checkpoint_writer import Progress
-from onebase_server.model.config import ModelConfig
+from onebase_server.model.config import ModelConfig, ProjectionGroup
 from onebase_server.model.decoder import Decoder
-from onebase_server.model.decoder_weights import DecoderWeights, LayerWeights
+from onebase_server.model.decoder_weights import DecoderWeights, LayerNorms, LayerWeights
 from onebase_server.model.linear import Linear, LinearGroup
 from onebase_server.model.nf4_cache import nf4_checkpoint
+from onebase_server.model.norm import LayerNorm, Norm, RmsNorm
 from onebase_server.settings import EngineSettings
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -114,7 +115,7 @@ class _Loader:
         return DecoderWeights(
             embedding=embedding,
             layers=tuple(self._layer(layer) for layer in range(self.config.num_layers)),
-            norm=self._vector(tensors[names.FINAL_NORM]),
+            norm=self._norm(tensors, names.FINAL_NORM, self.config.scales.logits),
             head=packed_head,
         )
 
@@ -127,30 +128,33 @@ class _Loader:
         shapes = names.layer_shapes(self.config, layer)
         parts = [part for name in shapes for part in bnb_format.nf4_part_names(name, self.checkpoint.shapes)]
         tensors = self.checkpoint.read([*shapes, *parts])
-        modules = names.linear_names(self.config, layer)
-        linears = {
-            projection: self._linear(tensors, module, shapes[f"{module}.weight"])
-            for projection, module in modules.items()
-        }
         groups = self.config.projection_groups
         qkv, o, gate_up, down = (
-            LinearGroup.build([linears[projection] for projection in group.projections], layer * len(groups) + index)
-            for index, group in enumerate(groups)
+            self._group(tensors, layer, group, place) for place, group in enumerate(groups, layer * len(groups))
+        )
+        return LayerWeights(norms=self._norms(tensors, layer), qkv=qkv, o=o, gate_up=gate_up, down=down)
+
+    def _norms(self, tensors: Mapping[str, Tensor], layer: int) -> LayerNorms:
+        q_and_k = ("q_norm", "k_norm") if self.config.norms.heads else (None, None)
+        places = (*self.config.norms.places, *q_and_k)
+        return LayerNorms(
+            *(None if norm is None else self._norm(tensors, names.norm_name(layer, norm)) for norm in places)
         )
 
-        def norm(kind: str) -> Tensor:
-            return self._vector(tensors[names.norm_name(layer, kind)])
+    def _norm(self, tensors: Mapping[str, Tensor], module: str, scale: float = 1.0) -> Norm:
+        """The norm of that module, its result multiplied by `scale`."""
+        norms = self.config.norms
+        weight = self._vector((tensors[f"{module}.weight"].float() + norms.weight_offset) * scale)
+        if norms.kind == "rms":
+            return RmsNorm(weight, norms.eps)
+        return LayerNorm(weight, self._vector(tensors[f"{module}.bias"].float() * scale), norms.eps)
 
-        return LayerWeights(
-            input_norm=norm("input_layernorm"),
-            qkv=qkv,
-            q_norm=norm("q_norm") if self.config.qk_norm else None,
-            k_norm=norm("k_norm") if self.config.qk_norm else None,
-            o=o,
-            post_attention_norm=norm("post_attention_layernorm"),
-            gate_up=gate_up,
-            down=down,
-        )
+    def _group(self, tensors: Mapping[str, Tensor], layer: int, group: ProjectionGroup, place: int) -> LinearGroup:
+        linears = [
+            self._linear(tensors, names.linear_name(layer, linear.name), (sum(linear.widths), group.in_features))
+            for linear in group.linears
+        ]
+        return LinearGroup.build(linears, group.widths, place)
 
     def _linear(self, tensors: Mapping[str, Tensor], module: str, shape: names.Shape) -> Linear:
         name = f"{module}.weight"

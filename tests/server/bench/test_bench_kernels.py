@@ -25,7 +25,7 @@ from onebase_server.cli import app
 
 CPU = torch.device("cpu")
 MEBIBYTE = 1 << 20
-IN_PLACE = {"add_lora_", "write_kv_", "apply_rope_"}
+IN_PLACE = {"add_", "add_lora_", "write_kv_", "apply_rope_", "softcap_"}
 
 
 @pytest.fixture(autouse=True)

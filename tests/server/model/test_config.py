@@ -9,6 +9,7 @@ import pytest
 
 from onebase_server.errors import ConfigurationError
 from onebase_server.model.config import ModelConfig
+from onebase_server.model.layer_config import ScaleConfig
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -25,12 +26,18 @@ LLAMA: dict[str, Any] = {
 MISTRAL = LLAMA | {"model_type": "mistral"}
 QWEN2 = LLAMA | {"model_type": "qwen2"}
 QWEN3 = LLAMA | {"model_type": "qwen3", "head_dim": 32}
+GEMMA2 = LLAMA | {"model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+GEMMA3 = GEMMA2 | {"model_type": "gemma3_text", "head_dim": 32}
+PHI3 = LLAMA | {"model_type": "phi3"}
+SMOLLM3 = LLAMA | {"model_type": "smollm3"}
+STABLELM = LLAMA | {"model_type": "stablelm"}
 
 
 def test_a_plain_llama() -> None:
     config = ModelConfig.from_hf(LLAMA)
     assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (4, 8, 2, 8)
-    assert (config.biases, config.qk_norm, config.windows) == (frozenset(), False, (None,) * 4)
+    assert (config.biases, config.norms.heads, config.windows) == (frozenset(), None, (None,) * 4)
+    assert config.scales == ScaleConfig(attention=8**-0.5)
     assert config.max_context == 1024
     assert not config.tie_word_embeddings
     assert not config.is_quantized
@@ -53,6 +60,7 @@ def test_fields_that_are_left_out_take_the_familys_defaults() -> None:
         (QWEN2, {"q_proj", "k_proj", "v_proj"}),
         (QWEN3, set()),
         (QWEN3 | {"attention_bias": True}, {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        (STABLELM | {"use_qkv_bias": True}, {"q_proj", "k_proj", "v_proj"}),
     ],
 )
 def test_which_projections_have_a_bias(hf: dict[str, Any], biased: set[str]) -> None:
@@ -75,6 +83,12 @@ def test_which_projections_have_a_bias(hf: dict[str, Any], biased: set[str]) -> 
             },
             (5, None, 5, None),
         ),
+        (GEMMA2 | {"sliding_window": 5}, (5, None, 5, None)),
+        (GEMMA3 | {"sliding_window": 5}, (5, 5, 5, 5)),
+        (GEMMA3 | {"sliding_window": 5, "sliding_window_pattern": 3}, (5, 5, None, 5)),
+        (PHI3 | {"sliding_window": 5}, (5, 5, 5, 5)),
+        (SMOLLM3 | {"sliding_window": 5, "use_sliding_window": False}, (None,) * 4),
+        (SMOLLM3 | {"sliding_window": 5, "use_sliding_window": True}, (None, None, None, 5)),
     ],
 )
 def test_which_layers_have_a_window(hf: dict[str, Any], windows: tuple[int | None, ...]) -> None:
@@ -89,6 +103,50 @@ def test_rope_is_read_as_both_generations_of_transformers_write_it() -> None:
     oldest = ModelConfig.from_hf(LLAMA | beside | {"rope_scaling": {"type": "yarn", "factor": 4.0}})
     assert old.rope == new.rope == oldest.rope
     assert (old.rope.rope_type, old.rope.theta, old.rope.factor, old.rope.trained_context) == ("yarn", 5e5, 4.0, 256)
+
+
+def test_layers_with_windows_have_their_own_rope_as_both_generations_of_transformers_write_it() -> None:
+    windows = {"sliding_window": 5, "sliding_window_pattern": 2}
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    old = GEMMA3 | windows | {"rope_theta": 1e6, "rope_local_base_freq": 2e4, "rope_scaling": scaling}
+    nested = {"full_attention": scaling | {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 2e4}}
+    for hf in (old, GEMMA3 | windows | {"rope_parameters": nested}):
+        config = ModelConfig.from_hf(hf)
+        local, whole, *_ = config.ropes
+        assert local is not None
+        assert (local.rope_type, local.theta) == ("default", 2e4)
+        assert whole is not None
+        assert (whole.rope_type, whole.theta, whole.factor) == ("linear", 1e6, 8.0)
+        assert config.ropes == (local, whole, local, whole)
+        assert config.max_context == 1024, "a Gemma states the stretched context"
+
+
+def test_layers_without_rope_are_those_told_or_every_fourth() -> None:
+    def rotated(hf: dict[str, Any]) -> list[bool]:
+        return [rope is not None for rope in ModelConfig.from_hf(hf).ropes]
+
+    assert rotated(SMOLLM3) == [True, True, True, False]
+    assert rotated(SMOLLM3 | {"no_rope_layer_interval": 2}) == [True, False, True, False]
+    assert rotated(SMOLLM3 | {"no_rope_layers": [0, 1, 1, 0]}) == [False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("hf", "share"),
+    [
+        (LLAMA, 1.0),
+        (PHI3 | {"partial_rotary_factor": 0.75}, 0.75),
+        (STABLELM, 0.25),
+        (STABLELM | {"rope_parameters": {"partial_rotary_factor": 0.5}}, 0.5),
+    ],
+)
+def test_how_much_of_a_head_is_rotated(hf: dict[str, Any], share: float) -> None:
+    assert ModelConfig.from_hf(hf).rope.rotated_share == share
+
+
+def test_softcaps_that_are_left_out_or_null_are_none() -> None:
+    capped = ModelConfig.from_hf(GEMMA2 | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": None}).scales
+    assert (capped.attention_softcap, capped.logits_softcap) == (50.0, None)
+    assert capped.attention == 256**-0.5
 
 
 @pytest.mark.parametrize(
@@ -133,14 +191,22 @@ def test_adapters_may_touch_every_linear() -> None:
 @pytest.mark.parametrize(
     ("hf", "said"),
     [
-        (LLAMA | {"model_type": "gpt2"}, "'gpt2' is not carried. Carried families: llama, mistral, qwen2, qwen3"),
+        (
+            LLAMA | {"model_type": "gpt2"},
+            "'gpt2' is not carried. Carried families: llama, mistral, qwen2, qwen3, gemma",
+        ),
         ({}, "the model family None is not carried"),
         (LLAMA | {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not carried"),
         (LLAMA | {"hidden_size": "64"}, "hidden_size should be a positive integer, not '64'"),
         (LLAMA | {"vocab_size": None}, "vocab_size should be a positive integer, not None"),
         (LLAMA | {"num_key_value_heads": 3}, "is not a multiple of"),
-        (LLAMA | {"head_dim": 7}, "head_dim (7) is odd"),
-        (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not carried"),
+        (LLAMA | {"head_dim": 7}, "7 of a head's 7 numbers would be rotated"),
+        (STABLELM | {"head_dim": 12}, "3 of a head's 12 numbers would be rotated"),
+        (STABLELM | {"qk_layernorm": True}, "qk_layernorm = True is not carried"),
+        (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention = True is not carried"),
+        (GEMMA3 | {"hidden_activation": "relu"}, "hidden_activation = 'relu' is not carried"),
+        (GEMMA3 | {"rope_parameters": {"rope_theta": 1e4}}, "those of full_attention and those of sliding_attention"),
+        (SMOLLM3 | {"no_rope_layers": [1]}, "no_rope_layers has 1 entries"),
         (LLAMA | {"rope_scaling": {"rope_type": "mrope"}}, "the rope type 'mrope' is not carried"),
         (LLAMA | {"rope_scaling": {"rope_type": "linear"}}, "factor should be a number, not None"),
         (LLAMA | {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "differ between layers"),

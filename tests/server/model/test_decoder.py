@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes import functional as bnb
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import onebase_kernels as kernels
+from onebase_adapters import peft_format
+from onebase_server.engine.packing import pack_adapter
 from onebase_server.model.weights import load_decoder
 from onebase_server.settings import EngineSettings
 
@@ -37,6 +40,8 @@ LONGROPE = {
     "original_max_position_embeddings": 16,
 }
 
+GEMMA_OPTIONS = {"sliding_window": 9, "query_pre_attn_scalar": 20}
+
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, tied head": ("llama", {"tie_word_embeddings": True}),
@@ -58,6 +63,48 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3",
         {"head_dim": 32, "attention_bias": True, "tie_word_embeddings": True},
     ),
+    "gemma": ("gemma", {}),
+    "gemma2": ("gemma2", GEMMA_OPTIONS | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}),
+    "gemma3": ("gemma3_text", GEMMA_OPTIONS | {"sliding_window_pattern": 3}),
+    "gemma3, stretched rope": (
+        "gemma3_text",
+        GEMMA_OPTIONS
+        | {
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "phi3": ("phi3", {}),
+    "phi3, window, partial rope": ("phi3", {"sliding_window": 9, "partial_rotary_factor": 0.75}),
+    "phi3, partial longrope": (
+        "phi3",
+        {
+            "rope_parameters": LONGROPE
+            | {"rope_theta": 1e4, "partial_rotary_factor": 0.5, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
+    "smollm3, windows without rope": (
+        "smollm3",
+        {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 9},
+    ),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 2.5,
+            "attention_multiplier": 0.1,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 3.0,
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+    "stablelm": ("stablelm", {}),
+    "stablelm, biases, a larger share of rope": ("stablelm", {"use_qkv_bias": True, "partial_rotary_factor": 0.5}),
+    "stablelm, parallel": ("stablelm", {"use_parallel_residual": True}),
 }
 
 
@@ -73,9 +120,9 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def transformers_logits(model: PreTrainedModel) -> Tensor:
+def transformers_logits(model: PreTrainedModel | PeftModel) -> Tensor:
     with torch.no_grad():
-        return model(torch.tensor([TOKENS])).logits[0]
+        return model(input_ids=torch.tensor([TOKENS])).logits[0]
 
 
 def round_linears_to_nf4(model: PreTrainedModel) -> None:
@@ -104,6 +151,30 @@ def test_logits_are_those_of_transformers(
     decoder = load_decoder(tmp_path / "model", engine_settings(quantization=quantization))
     for name, chunks in CHUNKINGS.items():
         assert relative_error(logits_of(decoder, TOKENS, chunks), expected) < 1e-4, name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_of_an_adapter_of_pefts_are_those_of_transformers(
+    variant: str,
+    make_model: Callable[..., PreTrainedModel],
+    engine_settings: Callable[..., EngineSettings],
+    logits_of: Callable[..., Tensor],
+    tmp_path: Path,
+) -> None:
+    model_type, options = VARIANTS[variant]
+    peft_model = get_peft_model(make_model(model_type, **options), LoraConfig(r=4, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    peft_model.save_pretrained(tmp_path / "adapter")
+    decoder = load_decoder(tmp_path / "model", engine_settings(quantization="none"))
+    adapter = peft_format.parse(tmp_path / "adapter", decoder.config.adapter_layout(), max_rank=4)
+    packed = pack_adapter(adapter, decoder.config, torch.float32)
+    expected = transformers_logits(peft_model)
+    for name in ("chunked", "prefill, then decode"):
+        assert relative_error(logits_of(decoder, TOKENS, CHUNKINGS[name], packed), expected) < 1e-4, name
+    assert relative_error(logits_of(decoder, TOKENS), expected) > 1e-2, "the adapter changes the logits"
 
 
 def test_dynamic_rope_is_fixed_by_the_served_context(

@@ -71,6 +71,23 @@ def test_merged_unquantised_it_is_what_peft_computes(base, adapter, peft_directo
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
+def test_fused_linears_are_merged_part_by_part(make_model, tmp_path):
+    base, peft_directory = tmp_path / "model", tmp_path / "peft"
+    config = LoraConfig(r=4, target_modules=["qkv_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(make_model("phi3"), config).save_pretrained(peft_directory)
+    whole = parse(peft_directory, ModelConfig.from_directory(base).adapter_layout(), max_rank=8)
+    export_merged(base, whole, tmp_path / "out", UNQUANTISED)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(logits(ours), logits(merged_by_peft(base, peft_directory)), rtol=1e-4, atol=1e-4)
+
+    name = "model.layers.0.self_attn.qkv_proj"
+    of_k_alone = Adapter({key: pair for key, pair in whole.pairs.items() if key == ModuleKey(0, "k_proj")})
+    (error,) = export_merged(base, of_k_alone, tmp_path / "k", UNQUANTISED)
+    assert error.name == name
+    changed = (tensors_of(tmp_path / "k")[f"{name}.weight"] != tensors_of(base)[f"{name}.weight"]).any(dim=1)
+    assert changed.tolist() == [False] * 64 + [True] * 32 + [False] * 32
+
+
 def test_merged_as_served_it_is_the_base_that_nf4_stands_for_and_the_adapter(base, adapter, tmp_path):
     export_merged(base, adapter, tmp_path / "out", ExportForm(dtype="float32"))
     written, source = tensors_of(tmp_path / "out"), tensors_of(base)

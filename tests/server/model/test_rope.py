@@ -23,9 +23,11 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 SCALINGS: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 3.0},
+    "linear, half of a head": {"rope_type": "linear", "factor": 3.0, "partial_rotary_factor": 0.5},
     "dynamic": {"rope_type": "dynamic", "factor": 3.0},
     "yarn": YARN,
     "yarn, all options": YARN | {"beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 0.9, "truncate": False},
+    "yarn, three quarters of a head": YARN | {"partial_rotary_factor": 0.75},
     "yarn, two mscales": YARN | {"mscale": 0.7, "mscale_all_dim": 0.4},
     "yarn, factor from the contexts": YARN | {"factor": None},
     "longrope": LONGROPE,

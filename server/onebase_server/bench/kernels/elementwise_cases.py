@@ -3,7 +3,7 @@
 Their operands were written by the op before, so they lie in a cache in serving too, and nothing takes turns.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -39,7 +39,7 @@ def embed(bench: Workbench) -> Iterator[Trial]:
 
 def rms_norm(bench: Workbench) -> Iterator[Trial]:
     """The norm of what the op before has just written, so of what is in a cache."""
-    hidden, eps = bench.config.hidden_size, bench.config.rms_norm_eps
+    hidden, eps = bench.config.hidden_size, bench.config.norms.eps
     weight = bench.random(hidden)
     for rows in bench.options.rows:
         x = bench.random(rows, hidden)
@@ -50,13 +50,33 @@ def rms_norm(bench: Workbench) -> Iterator[Trial]:
 
 def add_rms_norm_(bench: Workbench) -> Iterator[Trial]:
     """The same with the residual added before."""
-    hidden, eps = bench.config.hidden_size, bench.config.rms_norm_eps
+    hidden, eps = bench.config.hidden_size, bench.config.norms.eps
     weight = bench.random(hidden)
     for rows in bench.options.rows:
         x, delta = bench.random(rows, hidden), bench.random(rows, hidden)
         calls = [regardless_of_step(kernels.add_rms_norm_, x, delta, weight, eps)]
         work = Work(bytes=4 * x.nbytes + weight.nbytes, flops=5 * x.numel())
         yield Trial("add_rms_norm_", "", rows, work, against_reference(bench, calls), [bench.step(rows)])
+
+
+def layer_norm(bench: Workbench) -> Iterator[Trial]:
+    """The norm of families that subtract the mean."""
+    hidden, eps = bench.config.hidden_size, bench.config.norms.eps
+    weight, bias = bench.random(hidden), bench.random(hidden)
+    for rows in bench.options.rows:
+        x = bench.random(rows, hidden)
+        calls = [regardless_of_step(kernels.layer_norm, x, weight, bias, eps)]
+        work = Work(bytes=2 * x.nbytes + 2 * weight.nbytes, flops=7 * x.numel())
+        yield Trial("layer_norm", "", rows, work, against_reference(bench, calls), [bench.step(rows)])
+
+
+def add_(bench: Workbench) -> Iterator[Trial]:
+    """The residual of families that scale it, or that add it where no norm follows."""
+    for rows in bench.options.rows:
+        x, delta = bench.random(rows, bench.config.hidden_size), bench.random(rows, bench.config.hidden_size)
+        calls = [regardless_of_step(kernels.add_, x, delta, 0.5)]
+        work = Work(bytes=3 * x.nbytes, flops=2 * x.numel())
+        yield Trial("add_", "", rows, work, against_reference(bench, calls), [bench.step(rows)])
 
 
 def apply_rope_(bench: Workbench) -> Iterator[Trial]:
@@ -78,11 +98,22 @@ def apply_rope_(bench: Workbench) -> Iterator[Trial]:
 
 def silu_mul(bench: Workbench) -> Iterator[Trial]:
     """The gated activation between gate_up and down; its exponential counts as one operation."""
+    return _gated_activation(bench, "silu_mul", kernels.silu_mul, flops_per_output=5)
+
+
+def gelu_mul(bench: Workbench) -> Iterator[Trial]:
+    """The same with GELU."""
+    return _gated_activation(bench, "gelu_mul", kernels.gelu_mul, flops_per_output=9)
+
+
+def _gated_activation(
+    bench: Workbench, op: str, gate: Callable[[Tensor], Tensor], flops_per_output: int
+) -> Iterator[Trial]:
     for rows in bench.options.rows:
         gate_up = bench.random(rows, 2 * bench.config.intermediate_size)
-        calls = [regardless_of_step(kernels.silu_mul, gate_up)]
-        work = Work(bytes=gate_up.nbytes * 3 // 2, flops=5 * gate_up.numel() // 2)
-        yield Trial("silu_mul", "", rows, work, against_reference(bench, calls), [bench.step(rows)])
+        work = Work(bytes=gate_up.nbytes * 3 // 2, flops=flops_per_output * gate_up.numel() // 2)
+        calls = [regardless_of_step(gate, gate_up)]
+        yield Trial(op, "", rows, work, against_reference(bench, calls), [bench.step(rows)])
 
 
 def _rotate(q: Tensor, k: Tensor, rotary: RotaryTable, step: StepInputs) -> None:

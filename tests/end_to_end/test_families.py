@@ -1,0 +1,131 @@
+"""Every carried family through the engine: rows of the base and of PEFT adapters in one batch, each as it is alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from onebase_adapters.store import AdapterStore
+from onebase_kernels import dequantize_nf4, quantize_nf4, use_backend
+from onebase_server.engine.core import Engine
+from onebase_server.model.weights import load_decoder
+from onebase_server.settings import EngineSettings
+
+from .conftest import VOCAB, Oracle, publish, randomise
+from .test_mixed_batch import assert_like_oracle, run, submit
+
+TINY = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.15,
+    "pad_token_id": None,
+}
+WINDOW = {"sliding_window": 9}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": WINDOW,
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": WINDOW | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0},
+    "gemma3_text": WINDOW | {"sliding_window_pattern": 3},
+    "phi3": WINDOW | {"partial_rotary_factor": 0.5},
+    "smollm3": {},
+    "granite": {"attention_multiplier": 0.1, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
+    "olmo2": {},
+    "stablelm": {"use_parallel_residual": True, "use_qkv_bias": True},
+}
+RANKS = {"small": 2, "large": 8}
+"""Of the LoRA adapters, by name."""
+ADAPTERS = (*RANKS, "prompt")
+
+
+def round_linears_to_nf4(model: PreTrainedModel) -> None:
+    """Rounding once more changes nothing, so that the engine's quantisation finds these very weights."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.weight.data = dequantize_nf4(quantize_nf4(module.weight.data, double_quant=False), torch.float32)
+
+
+@pytest.fixture(params=FAMILIES)
+def family_oracle(request: pytest.FixtureRequest, tmp_path: Path) -> Oracle:
+    """A tiny random model of the family with its adapters, all saved in `tmp_path`; its weights are those of NF4."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(request.param, **(TINY | FAMILIES[request.param]))
+    base = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    round_linears_to_nf4(base)
+    base.save_pretrained(tmp_path / "base")
+    models = dict.fromkeys(RANKS, lora_model(base)) | {"prompt": prompt_model(tmp_path / "base")}
+    for model in dict.fromkeys(models.values()):
+        model.save_pretrained(tmp_path / "adapters")
+        model.eval()
+    return Oracle(models, tmp_path / "adapters")
+
+
+def lora_model(base: PreTrainedModel) -> PeftModel:
+    model: PeftModel | None = None
+    for name, rank in RANKS.items():
+        lora = LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules="all-linear")
+        if model is None:
+            model = get_peft_model(base, lora, adapter_name=name)
+        else:
+            model.add_adapter(name, lora)
+    assert isinstance(model, PeftModel)
+    randomise(model)
+    return model
+
+
+def prompt_model(directory: Path) -> PeftModel:
+    base = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32)
+    model = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5), adapter_name="prompt")
+    assert isinstance(model, PeftModel)
+    return model
+
+
+@pytest.fixture
+def make_engine(tmp_path: Path) -> Callable[..., Engine]:
+    """An engine on `tmp_path/base` in NF4 and fp32; keyword arguments are settings."""
+
+    def make(**overrides: int) -> Engine:
+        use_backend("auto")
+        settings = EngineSettings.model_validate(
+            {"base": str(tmp_path / "base"), "dtype": "float32", "device": "cpu", "block_size": 4}
+            | {
+                "cache_dir": tmp_path / "cache",
+                "double_quant": False,
+                "kv_cache_memory": "8MiB",
+                "adapter_memory": "4MiB",
+            }
+            | overrides
+        )
+        return Engine(load_decoder(tmp_path / "base", settings), settings)
+
+    return make
+
+
+@pytest.mark.parametrize("max_num_batched_tokens", [512, 7], ids=["one batch", "chunked prefill"])
+def test_each_row_of_a_familys_mixed_batch_is_what_it_is_alone(
+    max_num_batched_tokens: int, family_oracle: Oracle, make_engine: Callable[..., Engine], tmp_path: Path
+) -> None:
+    engine = make_engine(max_num_batched_tokens=max_num_batched_tokens)
+    store = AdapterStore.open(tmp_path / "store", engine.decoder.config.adapter_layout(), base_name="base")
+    rows = [(row, adapter) for adapter in (None, *ADAPTERS) for row in (f"{adapter}-1", f"{adapter}-2")]
+    for row, adapter in rows:
+        submit(engine, row, publish(store, adapter, family_oracle.directory / adapter) if adapter else None)
+    outputs = run(engine)
+    store.close()
+    for row, adapter in rows:
+        assert_like_oracle(outputs[row], row, adapter, family_oracle)
+    if use_backend("auto") == "cpu":
+        assert engine.runner.activation_bytes > 0, "the step was not recorded"
