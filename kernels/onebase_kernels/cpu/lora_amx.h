@@ -14,37 +14,22 @@ constexpr int64_t LORA_ROWS = 16;       // of x, in a tile
 constexpr int64_t LORA_DEPTH = 32;      // inputs of a tile of the shrink, and ranks of one of the expand
 constexpr int64_t LORA_TILE = LORA_ROWS * LORA_DEPTH;
 constexpr int64_t LORA_COLUMNS = 256;   // of y, that a piece of the expand computes
+constexpr size_t MANY_TILES = 4;        // of rows: enough pieces for all threads without dividing ranks
 
 class AmxLora {
 public:
     AmxLora(const LoraGroup<BFloat16>& group, const std::vector<Segment>& segments) : group_(group) {
-        int64_t x_tiles = 0, shrunk_tiles = 0;
+        int64_t tiles = 0;
         for (const Segment& segment : segments) {
             const int64_t row_tiles = (segment.stop - segment.start + LORA_ROWS - 1) / LORA_ROWS;
-            for (int64_t tile = 0; tile < row_tiles; tile++) packs_.push_back({segment, tile, x_tiles + tile * depth()});
-            const BFloat16* a = group.a(segment);
-            const BFloat16 *b = group.b(segment), *epilogue = group.epilogues(segment);
-            int64_t column = 0;
-            for (int64_t slice = 0; slice < group.num_slices; slice++) {
-                const int64_t rank = group.ranks(segment)[slice], width = group.widths[slice];
-                const bool has_epilogue = group.has_epilogue(segment, slice);
-                for (int64_t first = 0; first < rank; first += LORA_DEPTH)
-                    shrinks_.push_back({row_tiles, x_tiles, shrunk_tiles + first / LORA_DEPTH * row_tiles,
-                                        a + first * group.num_inputs, std::min(LORA_DEPTH, rank - first)});
-                for (int64_t first = 0; (rank || has_epilogue) && first < width; first += LORA_COLUMNS)
-                    expands_.push_back({segment, row_tiles, shrunk_tiles, b + first, rank, width,
-                                        std::min(LORA_COLUMNS, width - first), column + first,
-                                        has_epilogue ? epilogue + first : nullptr});
-                if (has_epilogue) epilogue += 2 * width;
-                a += rank * group.num_inputs;
-                b += rank * width;
-                column += width;
-                shrunk_tiles += steps(rank) * row_tiles;
-            }
-            x_tiles += row_tiles * depth();
+            const int64_t total_rank = group.total_rank(segment);
+            for (int64_t tile = 0; tile < row_tiles; tile++)
+                shrinks_.push_back({segment, tile, tiles + tile * steps(total_rank), 0, total_rank});
+            add_expands(segment, row_tiles, tiles);
+            tiles += row_tiles * steps(total_rank);
         }
-        x_.resize(x_tiles * LORA_TILE);
-        shrunk_.resize(shrunk_tiles * LORA_TILE);
+        if (shrinks_.size() < MANY_TILES) divide_ranks();
+        shrunk_.resize(tiles * LORA_TILE);
     }
 
     // Which groups it carries: whole tiles.
@@ -54,32 +39,65 @@ public:
     }
 
     void run() {
-        each(packs_, [this](const Pack& piece) { pack(piece); });
         each(shrinks_, [this](const Shrink& piece) { shrink(piece); });
         each(expands_, [this](const Expand& piece) { expand(piece); });
     }
 
 private:
-    // Positions count tiles: of x_ where they say x, of shrunk_ where they say shrunk.
-    struct Pack {
-        Segment segment;
-        int64_t row_tile, x;
-    };
+    // 16 rows' products with some ranks of A, of all slices together.
     struct Shrink {
-        int64_t row_tiles, x, shrunk;
-        const BFloat16* a;  // [ranks, num_inputs]
-        int64_t ranks;
+        Segment segment;
+        int64_t row_tile;
+        int64_t shrunk;  // the row tile's first tile in shrunk_, one for every 32 ranks
+        int64_t first_rank, last_rank;
     };
+    // Some columns of a slice, for all rows of a segment.
     struct Expand {
         Segment segment;
-        int64_t row_tiles, shrunk;
-        const BFloat16* b;  // [rank, width], at the piece's first column
-        int64_t rank, width, columns, y_column;
+        int64_t row_tiles, total_rank, shrunk;
+        int64_t first_rank, last_rank;  // the slice's
+        const BFloat16* b;              // [rank, width], at the piece's first column
+        int64_t width, columns, y_column;
         const BFloat16* gain;  // of the slice's epilogue, at the piece's first column; null if it has none
     };
+    // 16 rows and 32 columns on their way to y.
+    struct Products {
+        alignas(64) float sums[2][LORA_ROWS][LANES];
+        int64_t rows = 0;
+        BFloat16* y;
+        const BFloat16* gain;
+    };
 
-    int64_t depth() const { return group_.num_inputs / LORA_DEPTH; }
     static int64_t steps(int64_t rank) { return (rank + LORA_DEPTH - 1) / LORA_DEPTH; }
+
+    void add_expands(const Segment& segment, int64_t row_tiles, int64_t shrunk) {
+        const int64_t total_rank = group_.total_rank(segment);
+        const BFloat16 *b = group_.b(segment), *epilogue = group_.epilogues(segment);
+        int64_t first_rank = 0, y_column = 0;
+        for (int64_t slice = 0; slice < group_.num_slices; slice++) {
+            const int64_t rank = group_.ranks(segment)[slice], width = group_.widths[slice];
+            const bool has_epilogue = group_.has_epilogue(segment, slice);
+            for (int64_t column = 0; (rank || has_epilogue) && column < width; column += LORA_COLUMNS)
+                expands_.push_back({segment, row_tiles, total_rank, shrunk, first_rank, first_rank + rank, b + column, width,
+                                    std::min(LORA_COLUMNS, width - column), y_column + column,
+                                    has_epilogue ? epilogue + column : nullptr});
+            if (has_epilogue) epilogue += 2 * width;
+            b += rank * width;
+            first_rank += rank;
+            y_column += width;
+        }
+    }
+
+    void divide_ranks() {
+        std::vector<Shrink> parts;
+        for (const Shrink& piece : shrinks_)
+            for (int64_t rank = 0; rank < piece.last_rank; rank += LORA_DEPTH) {
+                parts.push_back(piece);
+                parts.back().first_rank = rank;
+                parts.back().last_rank = std::min(rank + LORA_DEPTH, piece.last_rank);
+            }
+        shrinks_ = parts;
+    }
 
     template <class Piece, class Body>
     static void each(const std::vector<Piece>& pieces, Body body) {
@@ -89,39 +107,29 @@ private:
         });
     }
 
-    // 16 rows of x as right operands; rows past the segment's last are zero.
-    void pack(const Pack& piece) {
-        const int64_t k = group_.num_inputs, first = piece.segment.start + piece.row_tile * LORA_ROWS;
-        const int64_t count = std::min(LORA_ROWS, piece.segment.stop - first);
-        for (int64_t part = 0; part < depth(); part++) {
-            __m512i rows[LORA_ROWS] = {};
-            for (int64_t row = 0; row < count; row++)
-                rows[row] = _mm512_loadu_si512(group_.x + (first + row) * k + part * LORA_DEPTH);
-            transpose(rows);
-            std::memcpy(x_.data() + (piece.x + part) * LORA_TILE, rows, sizeof rows);
-        }
-    }
-
-    // Up to 32 ranks of all rows: A · xᵀ, turned into left operands.
+    // A · xᵀ, turned into left operands.
     void shrink(const Shrink& piece) {
         const int64_t k = group_.num_inputs;
-        const BFloat16* a = piece.a;
-        thread_local AlignedVector<BFloat16> whole;
-        if (piece.ranks < LORA_DEPTH) {  // what follows the last rank may be anything, or not there
-            whole.assign(LORA_DEPTH * k, BFloat16{});
-            std::copy_n(a, piece.ranks * k, whole.data());
-            a = whole.data();
-        }
-        for (int64_t tile = 0; tile < piece.row_tiles; tile++) {
-            const BFloat16* x = x_.data() + (piece.x + tile * depth()) * LORA_TILE;
+        thread_local AlignedVector<BFloat16> x, last_rows;
+        x.resize(LORA_ROWS * k);
+        pack(piece, x.data());
+        for (int64_t rank = piece.first_rank; rank < piece.last_rank; rank += LORA_DEPTH) {
+            const BFloat16 *upper = group_.a(piece.segment) + rank * k, *lower = upper + LORA_ROWS * k;
+            const int64_t ranks = std::min(LORA_DEPTH, piece.last_rank - rank);
+            if (ranks % LORA_ROWS) {  // what follows the last rank may be anything, or not there
+                const BFloat16*& rest = ranks > LORA_ROWS ? lower : upper;
+                last_rows.assign(LORA_ROWS * k, BFloat16{});
+                std::copy_n(rest, ranks % LORA_ROWS * k, last_rows.data());
+                rest = last_rows.data();
+            }
             _tile_zero(0);
             _tile_zero(1);
-            for (int64_t part = 0; part < depth(); part++) {
-                _tile_loadd(6, x + part * LORA_TILE, 64);
-                _tile_loadd(4, a + part * LORA_DEPTH, k * sizeof(BFloat16));
+            for (int64_t input = 0; input < k; input += LORA_DEPTH) {
+                _tile_loadd(6, x.data() + input * LORA_ROWS, 64);
+                _tile_loadd(4, upper + input, k * sizeof(BFloat16));
                 _tile_dpbf16ps(0, 4, 6);
-                if (piece.ranks <= LORA_ROWS) continue;
-                _tile_loadd(5, a + LORA_ROWS * k + part * LORA_DEPTH, k * sizeof(BFloat16));
+                if (ranks <= LORA_ROWS) continue;
+                _tile_loadd(5, lower + input, k * sizeof(BFloat16));
                 _tile_dpbf16ps(1, 5, 6);
             }
             alignas(64) float products[LORA_DEPTH][LORA_ROWS];
@@ -130,49 +138,76 @@ private:
             __m512i pairs[LORA_ROWS];
             for (int64_t i = 0; i < LORA_ROWS; i++) pairs[i] = pair_up(load(products[2 * i]), load(products[2 * i + 1]));
             transpose(pairs);
-            std::memcpy(shrunk_.data() + (piece.shrunk + tile) * LORA_TILE, pairs, sizeof pairs);
+            std::memcpy(shrunk_.data() + (piece.shrunk + rank / LORA_DEPTH) * LORA_TILE, pairs, sizeof pairs);
+        }
+    }
+
+    // 16 rows of x as right operands; rows past the segment's last are zero.
+    void pack(const Shrink& piece, BFloat16* to) const {
+        const int64_t k = group_.num_inputs, first = piece.segment.start + piece.row_tile * LORA_ROWS;
+        const int64_t count = std::min(LORA_ROWS, piece.segment.stop - first);
+        for (int64_t input = 0; input < k; input += LORA_DEPTH) {
+            __m512i rows[LORA_ROWS] = {};
+            for (int64_t row = 0; row < count; row++) rows[row] = _mm512_loadu_si512(group_.x + (first + row) * k + input);
+            transpose(rows);
+            std::memcpy(to + input * LORA_ROWS, rows, sizeof rows);
         }
     }
 
     void expand(const Expand& piece) {
         const int64_t rows = piece.segment.stop - piece.segment.start, stride = group_.num_outputs;
+        const int64_t first_step = piece.first_rank / LORA_DEPTH, last_step = steps(piece.last_rank);
         thread_local AlignedVector<BFloat16> b;
-        b.resize(steps(piece.rank) * 2 * LORA_TILE);
+        b.resize((last_step - first_step) * 2 * LORA_TILE);
+        Products both[2];
+        int64_t turn = 0;
         for (int64_t column = 0; column < piece.columns; column += 2 * LANES) {
             pair_ranks(piece, column, b.data());
-            for (int64_t tile = 0; tile < piece.row_tiles; tile++) {
+            for (int64_t tile = 0; tile < piece.row_tiles; tile++, turn++) {
+                const BFloat16* shrunk = shrunk_.data() + (piece.shrunk + tile * steps(piece.total_rank)) * LORA_TILE;
                 _tile_zero(0);
                 _tile_zero(1);
-                for (int64_t step = 0; step < steps(piece.rank); step++) {
-                    _tile_loadd(4, shrunk_.data() + (piece.shrunk + step * piece.row_tiles + tile) * LORA_TILE, 64);
-                    _tile_loadd(6, b.data() + step * 2 * LORA_TILE, 64);
+                for (int64_t step = first_step; step < last_step; step++) {
+                    const BFloat16* pairs = b.data() + (step - first_step) * 2 * LORA_TILE;
+                    _tile_loadd(4, shrunk + step * LORA_TILE, 64);
+                    _tile_loadd(6, pairs, 64);
                     _tile_dpbf16ps(0, 4, 6);
-                    _tile_loadd(7, b.data() + (step * 2 + 1) * LORA_TILE, 64);
+                    _tile_loadd(7, pairs + LORA_TILE, 64);
                     _tile_dpbf16ps(1, 4, 7);
                 }
-                alignas(64) float sums[2][LORA_ROWS][LANES];
-                _tile_stored(0, sums[0], 64);
-                _tile_stored(1, sums[1], 64);
-                const int64_t first = tile * LORA_ROWS;
-                for (int64_t row = 0; row < std::min(LORA_ROWS, rows - first); row++) {
-                    BFloat16* y = group_.y + (piece.segment.start + first + row) * stride + piece.y_column + column;
-                    for (int64_t half = 0; half < 2; half++) {
-                        F32x16 total = load(y + half * LANES) + load(sums[half][row]);
-                        if (piece.gain) total = finish(total, piece.gain + column + half * LANES, piece.width);
-                        store(y + half * LANES, total);
-                    }
-                }
+                add(both[(turn + 1) % 2], piece.width);  // meanwhile: what AMX stores can be loaded only long after
+                Products& now = both[turn % 2];
+                now.rows = std::min(LORA_ROWS, rows - tile * LORA_ROWS);
+                now.y = group_.y + (piece.segment.start + tile * LORA_ROWS) * stride + piece.y_column + column;
+                now.gain = piece.gain ? piece.gain + column : nullptr;
+                _tile_stored(0, now.sums[0], 64);
+                _tile_stored(1, now.sums[1], 64);
             }
         }
+        add(both[(turn + 1) % 2], piece.width);
     }
 
-    // 32 columns of B as right operands, two for every 32 ranks; ranks past the last are zero.
+    // y += products, then the epilogue.
+    void add(const Products& products, int64_t width) const {
+        for (int64_t row = 0; row < products.rows; row++)
+            for (int64_t half = 0; half < 2; half++) {
+                BFloat16* y = products.y + row * group_.num_outputs + half * LANES;
+                F32x16 total = load(y) + load(products.sums[half][row]);
+                if (products.gain) total = finish(total, products.gain + half * LANES, width);
+                store(y, total);
+            }
+    }
+
+    // 32 columns of B as right operands, two for every 32 ranks of all slices; those of other slices are zero.
     static void pair_ranks(const Expand& piece, int64_t column, BFloat16* to) {
         const auto row = [&](int64_t rank) {
-            return rank < piece.rank ? _mm512_loadu_si512(piece.b + rank * piece.width + column) : _mm512_setzero_si512();
+            return rank >= piece.first_rank && rank < piece.last_rank
+                       ? _mm512_loadu_si512(piece.b + (rank - piece.first_rank) * piece.width + column)
+                       : _mm512_setzero_si512();
         };
-        for (int64_t rank = 0; rank < steps(piece.rank) * LORA_DEPTH; rank += 2) {
-            BFloat16* pair = to + rank / LORA_DEPTH * 2 * LORA_TILE + rank % LORA_DEPTH * LORA_ROWS;
+        const int64_t first = piece.first_rank / LORA_DEPTH * LORA_DEPTH, last = steps(piece.last_rank) * LORA_DEPTH;
+        for (int64_t rank = first; rank < last; rank += 2) {
+            BFloat16* pair = to + (rank - first) / LORA_DEPTH * 2 * LORA_TILE + rank % LORA_DEPTH * LORA_ROWS;
             const __m512i even = row(rank), odd = row(rank + 1);
             _mm512_storeu_si512(pair, interleave_low(even, odd));
             _mm512_storeu_si512(pair + LORA_TILE, interleave_high(even, odd));
@@ -180,10 +215,9 @@ private:
     }
 
     const LoraGroup<BFloat16>& group_;
-    std::vector<Pack> packs_;
     std::vector<Shrink> shrinks_;
     std::vector<Expand> expands_;
-    AlignedVector<BFloat16> x_, shrunk_;
+    AlignedVector<BFloat16> shrunk_;
 };
 
 }  // namespace onebase

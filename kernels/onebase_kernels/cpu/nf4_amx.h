@@ -91,13 +91,29 @@ inline void decode_block(const Nf4Group& group, int64_t block, BFloat16* to) {
     }
 }
 
-// y[up to 32 rows, outputs of one block or two] of x, readable in whole tiles of 16 rows, and weights from decode_block.
-// Two tiles of rows and two blocks make four sums of four operands; AMX's operands are constants, hence the spelled out
-// cases.
+// Products of up to 32 rows and two blocks of outputs, on their way to y.
+template <class Y>
+struct Products {
+    alignas(64) float sums[2][2][C_TILE];  // of each tile of rows and each block
+    int64_t rows = 0, blocks = 0;
+    const BFloat16* bias;  // at the first output, or null
+    Y* y;                  // at the first row and output
+
+    void finish(int64_t y_stride) const {
+        for (int64_t block = 0; block < blocks; block++) {
+            const F32x16 start = load_bias(bias, block);
+            for (int64_t row = 0; row < rows; row++)
+                store(y + row * y_stride + block * BLOCK_N,
+                      load(sums[row / M_TILE][block] + row % M_TILE * BLOCK_N) + start);
+        }
+    }
+};
+
+// One tile of rows or two, times one block or two; AMX's operands are constants, hence the spelled out cases. `previous`
+// is finished meanwhile, for what AMX stores can be loaded only long after.
 template <int ROW_TILES, int BLOCKS, class Y>
-void multiply_tiles(const BFloat16* x, int64_t rows, int64_t k, const BFloat16* weights, const BFloat16* bias, Y* y,
-                    int64_t y_stride) {
-    alignas(64) float sums[2][2][C_TILE];
+void multiply_tiles(const BFloat16* x, int64_t k, const BFloat16* weights, Products<Y>& products,
+                    const Products<Y>& previous, int64_t y_stride) {
     const BFloat16* second = weights + k * BLOCK_N;
     _tile_zero(0);
     if constexpr (BLOCKS > 1) _tile_zero(1);
@@ -117,36 +133,36 @@ void multiply_tiles(const BFloat16* x, int64_t rows, int64_t k, const BFloat16* 
         }
         if constexpr (ROW_TILES > 1 && BLOCKS > 1) _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, sums[0][0], 64);
-    if constexpr (BLOCKS > 1) _tile_stored(1, sums[0][1], 64);
-    if constexpr (ROW_TILES > 1) _tile_stored(2, sums[1][0], 64);
-    if constexpr (ROW_TILES > 1 && BLOCKS > 1) _tile_stored(3, sums[1][1], 64);
-    for (int64_t block = 0; block < BLOCKS; block++) {
-        const F32x16 start = load_bias(bias, block);
-        for (int64_t row = 0; row < rows; row++)
-            store(y + row * y_stride + block * BLOCK_N, load(sums[row / M_TILE][block] + row % M_TILE * BLOCK_N) + start);
-    }
+    previous.finish(y_stride);
+    _tile_stored(0, products.sums[0][0], 64);
+    if constexpr (BLOCKS > 1) _tile_stored(1, products.sums[0][1], 64);
+    if constexpr (ROW_TILES > 1) _tile_stored(2, products.sums[1][0], 64);
+    if constexpr (ROW_TILES > 1 && BLOCKS > 1) _tile_stored(3, products.sums[1][1], 64);
 }
 
-// y[m rows, outputs of some blocks], all pointers at the first of them.
+// y[m rows, outputs of some blocks] of x, readable in whole tiles of rows, and weights from decode_block; all pointers at
+// the first row and output.
 template <class Y>
-void multiply_many(const BFloat16* x, int64_t m, int64_t k, const BFloat16* weights, int64_t blocks,
+void multiply_many(const BFloat16* x, int64_t m, int64_t k, const BFloat16* weights, int64_t num_blocks,
                    const BFloat16* bias, Y* y, int64_t y_stride) {
-    for (int64_t row = 0; row < m; row += 2 * M_TILE) {
-        const int64_t rows = std::min(2 * M_TILE, m - row);
-        for (int64_t block = 0; block < blocks; block += 2) {
+    Products<Y> both[2];
+    int64_t turn = 0;
+    for (int64_t row = 0; row < m; row += 2 * M_TILE)
+        for (int64_t block = 0; block < num_blocks; block += 2, turn++) {
+            Products<Y>&now = both[turn % 2], &previous = both[(turn + 1) % 2];
+            now.rows = std::min(2 * M_TILE, m - row);
+            now.blocks = std::min<int64_t>(2, num_blocks - block);
+            now.bias = bias ? bias + block * BLOCK_N : nullptr;
+            now.y = y + row * y_stride + block * BLOCK_N;
             const auto multiply = [&]<int ROW_TILES, int BLOCKS>() {
-                multiply_tiles<ROW_TILES, BLOCKS>(x + row * k, rows, k, weights + block * BLOCK_N * k,
-                                                  bias ? bias + block * BLOCK_N : nullptr,
-                                                  y + row * y_stride + block * BLOCK_N, y_stride);
+                multiply_tiles<ROW_TILES, BLOCKS>(x + row * k, k, weights + block * BLOCK_N * k, now, previous, y_stride);
             };
-            const bool two_tiles = rows > M_TILE, two_blocks = block + 1 < blocks;
-            if (two_tiles && two_blocks) multiply.template operator()<2, 2>();
-            else if (two_tiles) multiply.template operator()<2, 1>();
-            else if (two_blocks) multiply.template operator()<1, 2>();
+            if (now.rows > M_TILE && now.blocks == 2) multiply.template operator()<2, 2>();
+            else if (now.rows > M_TILE) multiply.template operator()<2, 1>();
+            else if (now.blocks == 2) multiply.template operator()<1, 2>();
             else multiply.template operator()<1, 1>();
         }
-    }
+    both[(turn + 1) % 2].finish(y_stride);
 }
 
 }  // namespace onebase
