@@ -51,6 +51,30 @@ class LowRankPair:
         return int(self.lora_a.nbytes + self.lora_b.nbytes)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Epilogue:
+    """What follows one linear's update, each a vector [out_features] or None.
+
+    With W and b of the base, `y = factor ⊙ (ratio ⊙ (W + ΔW) x + bias + shift)`, where ΔW = scale · lora_b @ lora_a and
+    ratio = magnitude / ‖W + ΔW‖, row by row.
+    """
+
+    magnitude: Array | None = None
+    """DoRA's (arXiv 2402.09353, section 4)."""
+    factor: Array | None = None
+    """(IA)³'s (arXiv 2205.05638, section 3.3)."""
+    bias: Array | None = None
+    """What replaces the base's own."""
+    shift: Array | None = None
+    """What is added to it."""
+
+    @property
+    def vectors(self) -> dict[str, Array]:
+        """Those that there are, by name."""
+        named = (("magnitude", self.magnitude), ("factor", self.factor), ("bias", self.bias), ("shift", self.shift))
+        return {name: vector for name, vector in named if vector is not None}
+
+
 @dataclass(frozen=True, slots=True)
 class Prefix:
     """What every request of an adapter starts behind: one row for each virtual token, which the context counts."""
@@ -78,13 +102,24 @@ class VirtualTokens(Prefix):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A customer's difference from the base: a low-rank pair for each linear that it touches, or a prefix."""
+    """A customer's difference from the base: for each linear that it touches a low-rank pair, an epilogue or both; or a
+    prefix."""
 
     pairs: Mapping[ModuleKey, LowRankPair] = field(repr=False)
+    epilogues: Mapping[ModuleKey, Epilogue] = field(default_factory=dict, repr=False)
     prefix: Prefix | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pairs", MappingProxyType(dict(sorted(self.pairs.items()))))
+        object.__setattr__(self, "epilogues", MappingProxyType(dict(sorted(self.epilogues.items()))))
+
+    def require_no_epilogues(self) -> None:
+        """Raise UnsupportedAdapter unless W + ΔW is all that the adapter makes of the base's linears."""
+        if self.epilogues:
+            raise UnsupportedAdapter(
+                f"The adapter does more to {next(iter(self.epilogues))} than to add a low-rank update (DoRA, (IA)³, "
+                "biases), so it can be served, but not exported."
+            )
 
     @cached_property
     def rank(self) -> int:
@@ -99,19 +134,24 @@ class Adapter:
     @cached_property
     def targets(self) -> tuple[str, ...]:
         """The projections touched in at least one layer, sorted."""
-        return tuple(sorted({key.projection for key in self.pairs}))
+        return tuple(sorted({key.projection for key in (*self.pairs, *self.epilogues)}))
 
     @cached_property
     def nbytes(self) -> int:
         """Bytes of all numbers as stored."""
         prefix = self.prefix.rows.nbytes if self.prefix else 0
-        return prefix + sum(pair.nbytes for pair in self.pairs.values())
+        vectors = [vector for epilogue in self.epilogues.values() for vector in epilogue.vectors.values()]
+        return prefix + sum(pair.nbytes for pair in self.pairs.values()) + sum(vector.nbytes for vector in vectors)
 
     @cached_property
     def num_parameters(self) -> int:
-        """How many numbers it holds; times the compute dtype's size, this is what pairs cost on the device."""
+        """How many numbers it is on the device; times the compute dtype's size, this is what pairs and epilogues cost.
+
+        An epilogue becomes two vectors there, whatever it has.
+        """
         prefix = self.prefix.rows.size if self.prefix else 0
-        return prefix + sum(pair.lora_a.size + pair.lora_b.size for pair in self.pairs.values())
+        epilogues = sum(2 * next(iter(epilogue.vectors.values())).size for epilogue in self.epilogues.values())
+        return prefix + epilogues + sum(pair.lora_a.size + pair.lora_b.size for pair in self.pairs.values())
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The canonical form on disk: one safetensors file per adapter, named by its own sha256, never changed once written.
 
-Tensors are `layers.{i}.{projection}.lora_a` and `.lora_b`, or `prefix_kv` or `virtual_tokens` alone, in the dtype they
-came in; one metadata entry holds the rest as JSON with sorted keys, so that the same adapter always gives the same
-bytes. It knows nothing of names and versions.
+Tensors are `layers.{i}.{projection}.lora_a` and `.lora_b`, and `.magnitude`, `.factor`, `.bias` and `.shift` of
+epilogues, or `prefix_kv` or `virtual_tokens` alone, in the dtype they came in; one metadata entry holds the rest as
+JSON with sorted keys, so that the same adapter always gives the same bytes. It knows nothing of names and versions.
 """
 
 import hashlib
@@ -16,6 +16,8 @@ from safetensors.numpy import save_file
 
 from .adapter import (
     Adapter,
+    Array,
+    Epilogue,
     InvalidTensors,
     LowRankPair,
     ModuleKey,
@@ -29,7 +31,9 @@ from .tensor_file import TensorFile, map_tensors
 FORMAT_VERSION = 1
 METADATA_KEY = "onebase"
 
-PAIR_NAME = regex.compile(r"layers\.(?P<layer>[0-9]+)\.(?P<projection>\w+)")
+TENSOR_NAME = regex.compile(
+    r"layers\.(?P<layer>[0-9]+)\.(?P<projection>\w+)\.(?P<part>lora_a|lora_b|magnitude|factor|bias|shift)"
+)
 
 _PREFIX_NAMES: dict[type[Prefix], str] = {PrefixKV: "prefix_kv", VirtualTokens: "virtual_tokens"}
 
@@ -40,6 +44,8 @@ def write_blob(adapter: Adapter, path: Path) -> str:
     for key, pair in adapter.pairs.items():
         tensors[f"{key}.lora_a"] = np.ascontiguousarray(pair.lora_a)
         tensors[f"{key}.lora_b"] = np.ascontiguousarray(pair.lora_b)
+    for key, epilogue in adapter.epilogues.items():
+        tensors |= {f"{key}.{name}": np.ascontiguousarray(vector) for name, vector in epilogue.vectors.items()}
     if adapter.prefix is not None:
         tensors[_PREFIX_NAMES[type(adapter.prefix)]] = np.ascontiguousarray(adapter.prefix.rows)
     scales = {str(key): pair.scale for key, pair in adapter.pairs.items()}
@@ -58,7 +64,7 @@ def read_blob(path: Path) -> Adapter:
         StoreError: there is no such file, or it is not a blob of this format.
     """
     try:
-        return _read(map_tensors(path))
+        return _parse(map_tensors(path))
     except FileNotFoundError as error:
         raise StoreError(f"The adapter store has no blob {path.name}.") from error
     except (InvalidTensors, LookupError, TypeError, ValueError) as error:
@@ -82,31 +88,38 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _read(file: TensorFile) -> Adapter:
+def _parse(file: TensorFile) -> Adapter:
     description = json.loads(file.metadata[METADATA_KEY])
     if description["format_version"] != FORMAT_VERSION:
         raise ValueError(f"its format version is {description['format_version']}, not {FORMAT_VERSION}.")
     for kind, name in _PREFIX_NAMES.items():
         if set(file.tensors) == {name}:
-            return Adapter({}, kind(file.tensors[name]))
-    return Adapter(_pairs(file, description["scales"]))
-
-
-def _pairs(file: TensorFile, scales: dict[str, float]) -> dict[ModuleKey, LowRankPair]:
-    if set(file.tensors) != {f"{name}.{side}" for name in scales for side in ("lora_a", "lora_b")} or not scales:
+            return Adapter({}, prefix=kind(file.tensors[name]))
+    scales = dict(description["scales"])
+    pairs: dict[ModuleKey, LowRankPair] = {}
+    epilogues: dict[ModuleKey, Epilogue] = {}
+    for key, parts in _parts_by_linear(file).items():
+        if str(key) in scales:
+            pairs[key] = _pair(key, parts.pop("lora_a"), parts.pop("lora_b"), float(scales.pop(str(key))))
+        if parts:
+            epilogues[key] = Epilogue(**parts)  # which takes no matrix that has no scale
+    if scales or not (pairs or epilogues):
         raise ValueError("its tensors are not those that its metadata announces.")
-    return {_parse_key(name): _pair(name, file, float(scale)) for name, scale in scales.items()}
+    return Adapter(pairs, epilogues)
 
 
-def _parse_key(name: str) -> ModuleKey:
-    match = PAIR_NAME.fullmatch(name)
-    if match is None:
-        raise ValueError(f"{name} is not the name of a linear.")
-    return ModuleKey(int(match["layer"]), match["projection"])
+def _parts_by_linear(file: TensorFile) -> dict[ModuleKey, dict[str, Array]]:
+    parts: dict[ModuleKey, dict[str, Array]] = {}
+    for name, tensor in file.tensors.items():
+        match = TENSOR_NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{name} is not the name of a linear's tensor.")
+        key = ModuleKey(int(match["layer"]), match["projection"])
+        parts.setdefault(key, {})[match["part"]] = tensor
+    return parts
 
 
-def _pair(name: str, file: TensorFile, scale: float) -> LowRankPair:
-    lora_a, lora_b = file.tensors[f"{name}.lora_a"], file.tensors[f"{name}.lora_b"]
+def _pair(key: ModuleKey, lora_a: Array, lora_b: Array, scale: float) -> LowRankPair:
     if lora_a.ndim != 2 or lora_b.ndim != 2 or lora_a.shape[0] != lora_b.shape[1] or lora_a.dtype != lora_b.dtype:
-        raise ValueError(f"the matrices of {name} do not belong together.")
+        raise ValueError(f"the matrices of {key} do not belong together.")
     return LowRankPair(lora_a, lora_b, scale)

@@ -1,15 +1,13 @@
-"""A PEFT directory's `adapter_config.json`: which options are carried, and which rank and scale each module gets.
+"""A PEFT directory's `adapter_config.json`: reading it, and its fields one by one.
 
-Every option that would change an answer is either honoured here or refused by name; an option that this server has
-never heard of is refused too, because PEFT gains some with every release. It knows nothing of tensors.
+Every option that would change an answer is either honoured by the module of the adapter's kind or refused by name; an
+option that this server has never heard of is refused too, because PEFT gains some with every release.
 """
 
 import json
-import math
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import regex
 
@@ -17,8 +15,8 @@ from .adapter import InvalidConfig, UnsupportedAdapter
 
 CONFIG_FILE = "adapter_config.json"
 
-PEFT_TYPES = ("LORA", "PREFIX_TUNING", "CARTRIDGE", "PROMPT_TUNING", "P_TUNING")
-"""The kinds that are carried; all but the first are `peft_prefix`'s."""
+PEFT_TYPES = ("LORA", "IA3", "VERA", "PREFIX_TUNING", "CARTRIDGE", "PROMPT_TUNING", "P_TUNING")
+"""The kinds that are carried; `peft_format` says whose business each is."""
 
 MAX_CONFIG_BYTES = 256 << 10
 """A pattern for each linear of the largest models takes less than half of this."""
@@ -26,95 +24,17 @@ MAX_CONFIG_BYTES = 256 << 10
 PATTERN_SECONDS = 0.05
 """How long one match of a pattern may take; a module's name is short, so only a malicious pattern takes longer."""
 
-HONOURED = frozenset({"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"})
-
-WITHOUT_EFFECT = frozenset(
+PROVENANCE = frozenset(
     {
-        # where the adapter comes from, and what it was trained for
         "auto_mapping",
         "base_model_name_or_path",
+        "inference_mode",
         "peft_version",
         "revision",
         "task_type",
-        # how it was trained
-        "corda_config",
-        "eva_config",
-        "inference_mode",
-        "init_lora_weights",
-        "loftq_config",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_config",
-        "megatron_core",
-        "runtime_config",
-        "velora_config",
-        # which modules got tensors: the tensors tell
-        "ensure_weight_tying",
-        "exclude_modules",
-        "layers_pattern",
-        "layers_to_transform",
-        # the group size of an option that is refused when it is on
-        "qalora_group_size",
     }
 )
-"""Options that leave the answers of a finished adapter alone."""
-
-PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-"""Values of `init_lora_weights` that leave the base alone; the others subtract the first s·BA from its weights."""
-
-
-Number = TypeVar("Number", int, float)
-Patterns = tuple[tuple["regex.Pattern[str]", Number], ...]
-"""Patterns of module names and what they map to, in the file's order: the first that matches counts."""
-
-
-@dataclass(frozen=True)
-class LoraOptions:
-    """What `adapter_config.json` says that matters to answers."""
-
-    r: int
-    lora_alpha: float
-    use_rslora: bool
-    rank_pattern: Patterns[int]
-    alpha_pattern: Patterns[float]
-    target_modules: "tuple[str, ...] | regex.Pattern[str] | None"
-    """Names, one pattern, or None where everything is named."""
-
-    def rank(self, module: str) -> int:
-        """The rank of a module, named as in the base model: `model.layers.3.self_attn.q_proj`."""
-        return _look_up(self.rank_pattern, module, self.r)
-
-    def scale(self, module: str) -> float:
-        """alpha / rank, or alpha / √rank for rsLoRA (arXiv 2312.03732)."""
-        rank, alpha = self.rank(module), _look_up(self.alpha_pattern, module, self.lora_alpha)
-        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
-
-    def targets(self, module: str) -> bool:
-        """Whether `target_modules` names this module: PEFT would not load tensors of one that it does not name."""
-        if self.target_modules is None:
-            return True
-        if isinstance(self.target_modules, tuple):
-            return any(module == target or module.endswith(f".{target}") for target in self.target_modules)
-        return _matches(self.target_modules, module)
-
-
-def read_lora_options(config: dict[str, Any]) -> LoraOptions:
-    """Check what `load_config` read of a LoRA adapter.
-
-    Raises:
-        InvalidConfig: a field of it makes no sense.
-        UnsupportedAdapter: it asks for an option that is not carried; the text names it.
-    """
-    _refuse_other_bases(config)
-    refuse_options_beyond(HONOURED | WITHOUT_EFFECT, config)
-    return LoraOptions(
-        r=positive_integer(config.get("r"), "r"),
-        lora_alpha=_number(config.get("lora_alpha"), "lora_alpha"),
-        use_rslora=_flag(config, "use_rslora"),
-        rank_pattern=_patterns(config, "rank_pattern", positive_integer),
-        alpha_pattern=_patterns(config, "alpha_pattern", _number),
-        target_modules=_target_modules(config.get("target_modules")),
-    )
+"""Options of every kind that say where an adapter comes from and what it was trained for."""
 
 
 def load_config(path: Path) -> dict[str, Any]:
@@ -152,45 +72,21 @@ def refuse_options_beyond(known: Collection[str], config: dict[str, Any]) -> Non
             raise UnsupportedAdapter(f"{CONFIG_FILE} asks for {name} = {value!r}, which this server does not support.")
 
 
-def _refuse_other_bases(config: dict[str, Any]) -> None:
-    initialisation = config.get("init_lora_weights")
-    if initialisation not in PLAIN_INITIALISATIONS:
-        raise UnsupportedAdapter(
-            f"init_lora_weights {initialisation!r} changes the base's weights, so this adapter does not fit the "
-            "original base. Save it with path_initial_model_for_weight_conversion, which turns it into a plain LoRA."
-        )
-
-
-def _is_off(name: str, value: object) -> bool:
-    # 0 is a number that may mean something, so it is not off
-    return value is None or value is False or value in ("", [], {}) or (name == "bias" and value == "none")
-
-
-def _patterns(config: dict[str, Any], name: str, check: Callable[[object, str], Number]) -> Patterns[Number]:
-    patterns = config.get(name) or {}
-    if not isinstance(patterns, dict):
-        raise InvalidConfig(f"{CONFIG_FILE}: {name} should map module patterns to numbers, not be {patterns!r}.")
-    return tuple(
-        # PEFT's own expression: the pattern has to match the whole name, or the whole last parts of it
-        (_compile(rf"(.*\.)?({pattern})$", name), check(value, f"{name}[{pattern!r}]"))
-        for pattern, value in patterns.items()
-    )
-
-
-def _target_modules(value: object) -> "tuple[str, ...] | regex.Pattern[str] | None":
-    if value is None or (isinstance(value, str) and value.lower() == "all-linear"):
-        return None
-    if isinstance(value, str):
-        return _compile(rf"(?:{value})\Z", "target_modules")
-    if isinstance(value, list) and all(isinstance(target, str) for target in value):
-        return tuple(value)
-    raise InvalidConfig(f"{CONFIG_FILE}: target_modules should be a list of names or one pattern, not {value!r}.")
-
-
-def _flag(config: dict[str, Any], name: str) -> bool:
+def flag(config: dict[str, Any], name: str) -> bool:
+    """The value of a field that is true or false, absent meaning false; raises InvalidConfig."""
     value = config.get(name) or False
     if not isinstance(value, bool):
         raise InvalidConfig(f"{CONFIG_FILE}: {name} should be true or false, not {value!r}.")
+    return value
+
+
+def choice(config: dict[str, Any], name: str, choices: Collection[str], default: str) -> str:
+    """The value of a field that is one of a few words; raises InvalidConfig."""
+    value: object = config.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, str) or value not in choices:
+        raise InvalidConfig(f"{CONFIG_FILE}: {name} should be one of {', '.join(choices)}, not {value!r}.")
     return value
 
 
@@ -201,27 +97,31 @@ def positive_integer(value: object, where: str) -> int:
     return value
 
 
-def _number(value: object, where: str) -> float:
+def finite_number(value: object, where: str) -> float:
+    """The value of the field `where`, if it is one; raises InvalidConfig."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e30:
         raise InvalidConfig(f"{CONFIG_FILE}: {where} should be a finite number, not {value!r}.")
     return value
 
 
-def _compile(pattern: str, where: str) -> "regex.Pattern[str]":
+def compile_pattern(pattern: str, where: str) -> "regex.Pattern[str]":
+    """A regular expression of the field `where`; raises InvalidConfig."""
     try:
         return regex.compile(pattern)
     except regex.error as error:
         raise InvalidConfig(f"{CONFIG_FILE}: {where} has the invalid pattern {pattern!r}: {error}.") from error
 
 
-def _look_up(patterns: Patterns[Number], module: str, default: Number) -> Number:
-    return next((value for pattern, value in patterns if _matches(pattern, module)), default)
-
-
-def _matches(pattern: "regex.Pattern[str]", module: str) -> bool:
+def match_pattern(pattern: "regex.Pattern[str]", module: str) -> "regex.Match[str] | None":
+    """Match from a module name's beginning; raises InvalidConfig if it takes too long."""
     try:
-        return pattern.match(module, timeout=PATTERN_SECONDS) is not None
+        return pattern.match(module, timeout=PATTERN_SECONDS)
     except TimeoutError:
         raise InvalidConfig(
             f"{CONFIG_FILE}: the pattern {pattern.pattern!r} takes too long to match {module!r}."
         ) from None
+
+
+def _is_off(name: str, value: object) -> bool:
+    # 0 is a number that may mean something, so it is not off
+    return value is None or value is False or value in ("", [], {}) or (name == "bias" and value == "none")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .adapter import Array, BaseLayout, InvalidConfig, InvalidTensors, Prefix, PrefixKV, VirtualTokens
-from .peft_config import CONFIG_FILE, positive_integer, refuse_options_beyond
+from .peft_config import CONFIG_FILE, PROVENANCE, positive_integer, refuse_options_beyond
 
 KV_TYPES = frozenset({"PREFIX_TUNING", "CARTRIDGE"})
 """Those whose rows are keys and values; the others' are embeddings."""
@@ -25,15 +25,8 @@ HONOURED = frozenset(
     }
 )
 
-WITHOUT_EFFECT = frozenset(
+WITHOUT_EFFECT = PROVENANCE | frozenset(
     {
-        # where the adapter comes from, and what it was trained for
-        "auto_mapping",
-        "base_model_name_or_path",
-        "inference_mode",
-        "peft_version",
-        "revision",
-        "task_type",
         # how it was trained
         "encoder_dropout",
         "encoder_hidden_size",

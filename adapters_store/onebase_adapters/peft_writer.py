@@ -18,8 +18,10 @@ _ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 def write_peft(adapter: Adapter, directory: Path, *, base_name: str) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, the tensors in the dtype they have.
 
-    `parse` makes the same adapter of them, and PEFT loads them as they are.
+    `parse` makes the same adapter of them, and PEFT loads them as they are. Raises UnsupportedAdapter for an adapter
+    that does more to a linear than to add an update.
     """
+    adapter.require_no_epilogues()
     if adapter.prefix is not None:
         config, tensors = _prefix_config(adapter.prefix), _prefix_tensors(adapter.prefix)
     else:

@@ -52,6 +52,7 @@ __all__ = [
     "silu_mul",
     "softcap_",
     "start_lora",
+    "unpack_nf4",
     "use_backend",
     "write_kv_",
 ]
@@ -83,6 +84,7 @@ def _dispatched(definition: Callable[P, R]) -> Callable[P, R]:
 
 
 pack_nf4 = _dispatched(reference.pack_nf4)
+unpack_nf4 = _dispatched(reference.unpack_nf4)
 pack_dense = _dispatched(reference.pack_dense)
 allocate = _dispatched(reference.allocate)
 allocate_kv = _dispatched(reference.allocate_kv)
@@ -107,7 +109,7 @@ choose_tokens = _dispatched(reference.choose_tokens)
 set_num_threads = _dispatched(reference.set_num_threads)
 
 OPS = (
-    *(pack_nf4, pack_dense, allocate, allocate_kv, record, set_num_threads),
+    *(pack_nf4, unpack_nf4, pack_dense, allocate, allocate_kv, record, set_num_threads),
     *(embed, nf4_linear, dense_linear, start_lora, add_lora_, write_kv_, paged_attention),
     *(rms_norm, add_rms_norm_, add_, layer_norm, apply_rope_, silu_mul, gelu_mul, softcap_),
     *(head_logits, choose_tokens),

@@ -127,11 +127,16 @@ class Nf4Group:
         return sum(weight.shape[0] * weight.shape[1] for weight in self.weights)
 
 
-def join_linears(packed: PackedNf4, linear: Callable[[Nf4Weight], Tensor], bias: Tensor | None = None) -> Tensor:
-    """`linear` of each weight of an `Nf4Group`, [T, Nᵢ], side by side, plus bias [ΣNᵢ]: [T, ΣNᵢ]."""
+def unpacked(packed: PackedNf4) -> Nf4Group:
+    """`packed` itself, if it is the torch back ends' packing; raises TypeError."""
     if not isinstance(packed, Nf4Group):
         raise TypeError("These NF4 weights were packed by another back end; choose the back end before loading.")
-    outputs = [linear(weight) for weight in packed.weights]
+    return packed
+
+
+def join_linears(packed: PackedNf4, linear: Callable[[Nf4Weight], Tensor], bias: Tensor | None = None) -> Tensor:
+    """`linear` of each weight of an `Nf4Group`, [T, Nᵢ], side by side, plus bias [ΣNᵢ]: [T, ΣNᵢ]."""
+    outputs = [linear(weight) for weight in unpacked(packed).weights]
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
     return joined if bias is None else joined + bias
 

@@ -10,12 +10,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from onebase_kernels.batch import AttentionBatch, LoraBatch, SamplingBatch, StepInputs
-from onebase_kernels.nf4 import Nf4Group, Nf4Weight, PackedNf4, dequantize_nf4, join_linears
+from onebase_kernels.nf4 import Nf4Group, Nf4Weight, PackedNf4, dequantize_nf4, join_linears, unpacked
 
 
 def pack_nf4(weights: Sequence[Nf4Weight]) -> PackedNf4:
     """Weights [Nᵢ, K] of a projection group, once at load, in the order in which `nf4_linear` reads them fastest."""
     return Nf4Group(tuple(weights))
+
+
+def unpack_nf4(packed: PackedNf4) -> tuple[Nf4Weight, ...]:
+    """The weights that the same back end's `pack_nf4` was given, or ones that dequantise to the same numbers."""
+    return unpacked(packed).weights
 
 
 def pack_dense(weight: Tensor) -> Tensor:

@@ -10,7 +10,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from onebase_adapters.adapter import Adapter, InvalidMerge, LowRankPair, ModuleKey, VirtualTokens
+from onebase_adapters.adapter import (
+    Adapter,
+    Epilogue,
+    InvalidMerge,
+    LowRankPair,
+    ModuleKey,
+    VirtualTokens,
+)
 from onebase_adapters.adapter_merging import MergeRecipe, WeightedAdapter, merge_adapters
 from onebase_adapters.peft_format import parse
 
@@ -165,10 +172,14 @@ def test_what_cannot_be_merged_is_refused_with_the_reason():
     small, large = WeightedAdapter(ones(4), 1.0), WeightedAdapter(ones(6), 1.0)
     with pytest.raises(InvalidMerge, match=r"at layers\.0\.o_proj the ranks are \[4, 6\]"):
         merge_adapters([small, large], MergeRecipe("linear"))
-    prefix = Adapter({}, VirtualTokens(np.ones((5, 32), np.float32)))
+    prefix = Adapter({}, prefix=VirtualTokens(np.ones((5, 32), np.float32)))
     with pytest.raises(InvalidMerge, match=r"Virtual tokens .* cannot be merged"):
         merge_adapters([small, WeightedAdapter(prefix, 1.0)], MergeRecipe())
     with pytest.raises(InvalidMerge, match="at least one"):
         merge_adapters([], MergeRecipe())
     with pytest.raises(InvalidMerge, match="finite"):
         merge_adapters([small, WeightedAdapter(ones(4), float("nan"))], MergeRecipe())
+    factor = Epilogue(factor=np.ones(8, np.float32))
+    scaled = WeightedAdapter(Adapter({}, {ModuleKey(1, "k_proj"): factor}), 1.0)
+    with pytest.raises(InvalidMerge, match=r"What follows the update of layers\.1\.k_proj"):
+        merge_adapters([small, scaled], MergeRecipe("cat"))

@@ -79,7 +79,7 @@ def test_peft_loads_it(adapter, directory, base, recwarn):
 def test_virtual_tokens_survive_too_and_peft_loads_them(kind, base, tmp_path):
     shape = (5, LAYOUT.num_layers, 2, 16) if kind is PrefixKV else (5, 32)
     prefix = kind(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
-    write_peft(Adapter({}, prefix), tmp_path, base_name="tiny")
+    write_peft(Adapter({}, prefix=prefix), tmp_path, base_name="tiny")
     read = parse(tmp_path, LAYOUT, max_rank=8).prefix
     assert type(read) is kind
     np.testing.assert_array_equal(read.rows, prefix.rows)

@@ -1,10 +1,10 @@
 """Everything that is wrong with an upload is said precisely, and leaves nothing behind."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from onebase_adapters.adapter import (
     DigestMismatch,
@@ -16,6 +16,7 @@ from onebase_adapters.adapter import (
     UnsupportedAdapter,
     UploadTooLarge,
 )
+from onebase_adapters.peft_format import parse
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -43,6 +44,20 @@ class Upload:
 
     def replace(self, side: str, tensor: np.ndarray) -> None:
         self.tensors[f"{Q0}.lora_{side}.weight"] = tensor
+
+    def become_ia3(self, shape: tuple[int, int] = (32, 1), **config) -> None:
+        self.config = {"peft_type": "IA3", "r": None, "lora_alpha": None, **config}
+        self.tensors = {f"{Q0}.ia3_l": np.ones(shape, "f4")}
+
+    def become_vera(self, without: tuple[str, ...] = (), **config) -> None:
+        self.config = {"peft_type": "VERA", "lora_alpha": None, **config}
+        shapes = {
+            "base_model.vera_A": (4, 32),
+            "base_model.vera_B": (32, 4),
+            f"{Q0}.vera_lambda_b": (32,),
+            f"{Q0}.vera_lambda_d": (4,),
+        }
+        self.tensors = {name: np.ones(shape, "f4") for name, shape in shapes.items() if name not in without}
 
     def write_config(self, text: str | bytes) -> None:
         data = text if isinstance(text, bytes) else text.encode()
@@ -118,11 +133,6 @@ CASES = {
     **{
         f"option {option}": ((lambda o, v: lambda u: u.set(**{o: v}))(option, value), UnsupportedAdapter, option)
         for option, value in {
-            "use_dora": True,
-            "use_qalora": True,
-            "lora_bias": True,
-            "bias": "all",
-            "fan_in_fan_out": True,
             "modules_to_save": ["lm_head"],
             "trainable_token_indices": [1],
             "layer_replication": [[0, 2], [1, 3]],
@@ -132,10 +142,82 @@ CASES = {
             "arrow_config": {"top_k": 3},
             "kasa_config": {"beta": 1.0},
             "monteclora_config": {"samples": 8},
-            "init_lora_weights": "pissa_niter_4",
             "an_option_of_tomorrow": 0,
         }.items()
     },
+    **{
+        f"base of {initialisation}": (
+            (lambda v: lambda u: u.set(init_lora_weights=v))(initialisation),
+            UnsupportedAdapter,
+            f"init_lora_weights '{initialisation}' changes the base's weights",
+        )
+        for initialisation in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")
+    },
+    "bias as number": (lambda u: u.set(bias=1), InvalidConfig, "bias should be one of none, all, lora_only, not 1"),
+    "dora with lora_bias": (
+        lambda u: u.set(use_dora=True, lora_bias=True),
+        UnsupportedAdapter,
+        "both use_dora and lora_bias",
+    ),
+    "dora with qalora": (
+        lambda u: u.set(use_dora=True, use_qalora=True, qalora_group_size=8),
+        UnsupportedAdapter,
+        "both use_dora and use_qalora",
+    ),
+    "group size that leaves a rest": (
+        lambda u: u.set(use_qalora=True, qalora_group_size=7),
+        InvalidConfig,
+        "qalora_group_size 7 does not divide the 32 inputs",
+    ),
+    "no group size": (lambda u: u.set(use_qalora=True), InvalidConfig, "qalora_group_size"),
+    "pooling": (lambda u: u.set(qalora_pooling="max"), InvalidConfig, "qalora_pooling should be one of mean, sum"),
+    "layers as text": (lambda u: u.set(layers_to_transform="1"), InvalidConfig, "layers_to_transform"),
+    "layers' pattern a number": (lambda u: u.set(layers_pattern=3), InvalidConfig, "layers_pattern"),
+    "excluded": (
+        lambda u: u.set(exclude_modules=["layers.1.self_attn.q_proj"]),
+        InvalidTensors,
+        r"layers\.1\.self_attn\.q_proj, but exclude_modules names it",
+    ),
+    "layer left out": (
+        lambda u: u.set(layers_to_transform=[0, 2]),
+        InvalidTensors,
+        r"layers\.1\..*but layers_to_transform leaves its layer out",
+    ),
+    "no magnitudes": (lambda u: u.set(use_dora=True), InvalidTensors, "no lora_magnitude_vector for"),
+    "no lora_bias": (lambda u: u.set(lora_bias=True), InvalidTensors, "no lora_bias for"),
+    **{
+        f"{ending} with its option off": (
+            (lambda name: lambda u: u.tensors.update({f"{Q0}.{name}": np.ones(32, "f4")}))(ending),
+            InvalidTensors,
+            f"There is {Q0}.{ending}, but adapter_config.json has the option off",
+        )
+        for ending in ("lora_magnitude_vector", "lora_B.bias", "base_layer.bias")
+    },
+    "magnitudes of another base": (
+        lambda u: (u.set(use_dora=True), u.tensors.update({f"{Q0}.lora_magnitude_vector": np.ones(31, "f4")})),
+        InvalidTensors,
+        r"lora_magnitude_vector has shape \[31\].*\[32\]",
+    ),
+    # other kinds
+    "feedforward with a shared input": (
+        lambda u: u.become_ia3(feedforward_modules=["q_proj"]),
+        UnsupportedAdapter,
+        "feedforward_modules names model.layers.0.self_attn.q_proj",
+    ),
+    "ia3 with modules_to_save": (
+        lambda u: u.become_ia3(modules_to_save=["lm_head"]),
+        UnsupportedAdapter,
+        "modules_to_save",
+    ),
+    "ia3 of another base": (lambda u: u.become_ia3(shape=(31, 1)), InvalidTensors, r"ia3_l has shape \[31, 1\]"),
+    "vera without projections": (
+        lambda u: u.become_vera(("base_model.vera_A",)),
+        InvalidTensors,
+        "no base_model.vera_A and base_model.vera_B.*save_projection=True",
+    ),
+    "vera of a larger base": (lambda u: u.become_vera(r=5), InvalidTensors, r"vera_A has shape \[4, 32\].*\[5, 32\]"),
+    "vera with biases": (lambda u: u.become_vera(bias="vera_only"), UnsupportedAdapter, "bias = 'vera_only'"),
+    "vera's rank over the limit": (lambda u: u.become_vera(r=65), RankTooLarge, "r is 65"),
     # tensors
     "not safetensors": (lambda u: u.then(lambda: u.weights.write_bytes(b"PK\3\4" * 9)), InvalidTensors, "not a safe"),
     "empty file": (lambda u: u.then(lambda: u.weights.write_bytes(b"")), InvalidTensors, "truncated"),
@@ -195,12 +277,12 @@ def test_a_refusal_names_what_is_wrong_and_changes_nothing(case, store, write_pe
     assert store.verify().is_clean
 
 
-def test_every_option_that_peft_writes_is_either_carried_or_refused_on_purpose(tmp_path):
-    """A default configuration passes, whatever version of PEFT is installed."""
+@pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config", "VeraConfig"])
+def test_every_option_that_peft_writes_is_either_carried_or_refused_on_purpose(kind, tmp_path, tensors, layout):
+    """A default configuration passes, whatever version of PEFT is installed: what is then missed are tensors."""
     peft = pytest.importorskip("peft")
-    from onebase_adapters.peft_config import load_config, read_lora_options
 
-    peft.LoraConfig(r=4, target_modules=["q_proj"]).save_pretrained(tmp_path)
-    path = tmp_path / "adapter_config.json"
-    assert read_lora_options(load_config(path)).r == 4
-    assert "use_dora" in json.loads(path.read_text())
+    getattr(peft, kind)(target_modules=["q_proj"]).save_pretrained(tmp_path)
+    save_file({f"{Q0}.unknown": np.ones(1, "f4")}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(InvalidTensors):
+        parse(tmp_path, layout, max_rank=256)

@@ -127,9 +127,9 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def oracle(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     """NF4 bases with double quantisation, with all of ADAPTERS and PREFIXES, each saved by PEFT."""
-    lora = _lora_model(_load_nf4(small_base))
+    lora = _lora_model(load_nf4(small_base))
     models = dict.fromkeys((*ADAPTERS, NEXT_RANK8), lora)
-    base = _load_nf4(small_base)  # PEFT puts no prefix before a model that has LoRA
+    base = load_nf4(small_base)  # PEFT puts no prefix before a model that has LoRA
     torch.manual_seed(2)
     models |= {name: get_peft_model(base, config, adapter_name=name) for name, config in PREFIXES.items()}
     directory = tmp_path_factory.mktemp("peft")
@@ -139,21 +139,21 @@ def oracle(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Oracle
     return Oracle(models, directory)
 
 
-def _load_nf4(directory: Path) -> PreTrainedModel:
-    """The base as bitsandbytes quantises it, computing in fp32."""
+def load_nf4(directory: Path) -> PreTrainedModel:
+    """A model as bitsandbytes quantises it, with double quantisation, computing in fp32."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    base = AutoModelForCausalLM.from_pretrained(
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         directory, quantization_config=quantization, dtype=torch.float32, device_map="cpu", attn_implementation="eager"
     )
-    for module in base.modules():
+    for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False  # that shortcut computes in bf16 whatever the compute dtype says
-    return base
+    return model
 
 
 def _lora_model(base: PreTrainedModel) -> PeftModel:

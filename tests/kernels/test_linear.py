@@ -48,6 +48,20 @@ def test_packing_weights_changes_neither_their_number_nor_their_bytes(backend: s
     assert packed.nbytes == pytest.approx(weight.nbytes, rel=1e-4)  # some back ends pad
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(
+    ("widths", "in_features"),
+    [((256, 64, 128), 256), ((96, 32, 32), 192), ((16, 48), 2112), ((33, 64), 160)],
+    ids=["nested scales for whole tiles", "a group", "nested scales that change within rows", "odd shapes"],
+)
+def test_weights_come_out_of_a_packed_group_as_they_went_in(
+    backend: str, widths: tuple[int, ...], in_features: int, double_quant: bool
+) -> None:
+    weights = [quantize_nf4(random(n, in_features, seed=n) * 0.02, double_quant) for n in widths]
+    for weight, original in zip(kernels.unpack_nf4(kernels.pack_nf4(weights)), weights, strict=True):
+        assert torch.equal(dequantize_nf4(weight, torch.float32), dequantize_nf4(original, torch.float32))
+
+
 def test_nf4_linear_adds_the_bias_of_all_weights(backend: str) -> None:
     weights = [quantize_nf4(random(n, 128, seed=n)) for n in (32, 16)]
     packed, x, bias = kernels.pack_nf4(weights), random(3, 128), random(48, seed=1)

@@ -16,7 +16,7 @@ from onebase_kernels.batch import AttentionBatch, LoraBatch, SamplingBatch, Step
 from onebase_kernels.cpu import calls, execution, memory
 from onebase_kernels.cpu.calls import DTYPES, Step
 from onebase_kernels.cpu.execution import empty, run
-from onebase_kernels.cpu.nf4_packing import TiledNf4, can_pack, pack
+from onebase_kernels.cpu.nf4_packing import TiledNf4, can_pack, pack, unpack
 from onebase_kernels.nf4 import Nf4Weight, PackedNf4
 
 _LANES = 16
@@ -27,6 +27,11 @@ _HEAD_SIZES = frozenset({16, 32, 48, 64, 80, 96, 128, 192, 256})
 def pack_nf4(weights: Sequence[Nf4Weight]) -> PackedNf4:
     """As `reference.pack_nf4`, in tiles."""
     return pack(weights) if can_pack(weights) else reference.pack_nf4(weights)
+
+
+def unpack_nf4(packed: PackedNf4) -> tuple[Nf4Weight, ...]:
+    """As `reference.unpack_nf4`, bit by bit."""
+    return unpack(packed) if isinstance(packed, TiledNf4) else reference.unpack_nf4(packed)
 
 
 def pack_dense(weight: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from onebase_kernels.cpu.calls import Nf4Group, Nf4Slice
 from onebase_kernels.cpu.memory import resident
-from onebase_kernels.nf4 import BLOCK_SIZE, Nf4Weight
+from onebase_kernels.nf4 import BLOCK_SIZE, NestedScales, Nf4Weight
 
 OUTPUTS = 16
 """Outputs of a tile; its inputs are one block of 64."""
@@ -28,13 +28,16 @@ class TiledNf4:
     """[ΣN · K / 64]: fp32, or uint8 under double quantisation."""
     nested_scales: tuple[Tensor, ...]
     """Of each weight, fp32 [⌈N · K / 64 / 256⌉]; none without double quantisation."""
+    offsets: tuple[float, ...]
+    """Of each weight, the mean of its scales; 0 without double quantisation."""
+    quant_map: Tensor | None
+    """fp32 [256]: the values of the uint8 scales, which all weights have alike."""
     widths: tuple[int, ...]
     """Outputs of each weight."""
     in_features: int
     group: Nf4Group
-    """What C++ gets: addresses of the tensors here and of what is in `kept`."""
-    kept: tuple[object, ...]
-    """What `group` points to besides: the slices themselves, and the map that all weights have alike."""
+    """What C++ gets: addresses of the tensors here and of `slices`."""
+    slices: "ctypes.Array[Nf4Slice]"
 
     @cached_property
     def address(self) -> int:
@@ -78,7 +81,7 @@ def pack(weights: Sequence[Nf4Weight]) -> TiledNf4:
     widths = tuple(weight.shape[0] for weight in weights)
     nested = [weight.nested for weight in weights if weight.nested is not None]
     nested_scales = tuple(scale.absmax.clone() for scale in nested)
-    offsets = [float(scale.offset) for scale in nested] or [0.0] * len(weights)
+    offsets = tuple(float(scale.offset) for scale in nested) or (0.0,) * len(weights)
     quant_map = nested[0].quant_map.clone() if nested else None
     slices = (Nf4Slice * len(weights))(
         *(
@@ -94,7 +97,29 @@ def pack(weights: Sequence[Nf4Weight]) -> TiledNf4:
         num_outputs=sum(widths),
         num_inputs=in_features,
     )
-    return TiledNf4(codes, scales, nested_scales, widths, in_features, group, (slices, quant_map))
+    return TiledNf4(codes, scales, nested_scales, offsets, quant_map, widths, in_features, group, slices)
+
+
+def unpack(packed: TiledNf4) -> tuple[Nf4Weight, ...]:
+    """The weights that were packed, bit by bit."""
+    sizes = [width * packed.in_features for width in packed.widths]
+    codes = torch.split(packed.codes, [size // 2 for size in sizes])
+    scales = torch.split(packed.scales, [size // BLOCK_SIZE for size in sizes])
+    return tuple(
+        Nf4Weight(
+            codes=_unpack_codes(codes[i], packed.in_features),
+            absmax=_unpack_scales(scales[i], packed.in_features),
+            shape=(width, packed.in_features),
+            nested=_nested(packed, i),
+        )
+        for i, width in enumerate(packed.widths)
+    )
+
+
+def _nested(packed: TiledNf4, index: int) -> NestedScales | None:
+    if packed.quant_map is None:
+        return None
+    return NestedScales(packed.nested_scales[index], torch.tensor(packed.offsets[index]), packed.quant_map)
 
 
 def _pack_codes(weight: Nf4Weight) -> Tensor:
@@ -109,3 +134,14 @@ def _pack_codes(weight: Nf4Weight) -> Tensor:
 def _pack_scales(weight: Nf4Weight) -> Tensor:
     n, k = weight.shape
     return weight.absmax.view(n // OUTPUTS, OUTPUTS, k // BLOCK_SIZE).transpose(1, 2).reshape(-1)
+
+
+def _unpack_codes(codes: Tensor, k: int) -> Tensor:
+    nibbles = torch.stack((codes & 0xF, codes >> 4), dim=-1)
+    rows = nibbles.view(-1, k // 8, OUTPUTS, 2, 4).permute(0, 2, 1, 4, 3)
+    first, second = rows.reshape(-1, 2).unbind(-1)
+    return first << 4 | second
+
+
+def _unpack_scales(scales: Tensor, k: int) -> Tensor:
+    return scales.view(-1, k // BLOCK_SIZE, OUTPUTS).transpose(1, 2).reshape(-1)

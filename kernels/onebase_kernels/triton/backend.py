@@ -12,7 +12,7 @@ from onebase_kernels.triton import attention, elementwise
 from onebase_kernels.triton import lora as side_path
 from onebase_kernels.triton import nf4_linear as nf4
 from onebase_kernels.triton.graphs import DecodeGraphs, NotCapturable, check_known_on_host
-from onebase_kernels.triton.nf4_packing import FragmentNf4, can_pack, pack
+from onebase_kernels.triton.nf4_packing import FragmentNf4, can_pack, pack, unpack
 from onebase_kernels.triton.plans import measured_plans
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -32,6 +32,11 @@ def record(forward: Callable[[StepInputs], Tensor], largest: StepInputs) -> Call
         return DecodeGraphs(forward, largest)
     except NotCapturable:
         return reference.record(forward, largest)
+
+
+def unpack_nf4(packed: PackedNf4) -> tuple[Nf4Weight, ...]:
+    """As `reference.unpack_nf4`."""
+    return unpack(packed) if isinstance(packed, FragmentNf4) else reference.unpack_nf4(packed)
 
 
 def nf4_linear(x: Tensor, packed: PackedNf4, bias: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from onebase_kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, Nf4Weight
+from onebase_kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NestedScales, Nf4Weight
 from onebase_kernels.triton.nf4_decode import RECODED, is_interpreted
 
 TILE_ROWS = 64
@@ -89,6 +89,25 @@ def pack(weights: Sequence[Nf4Weight]) -> FragmentNf4:
     )
 
 
+def unpack(packed: FragmentNf4) -> tuple[Nf4Weight, ...]:
+    """The weights that were packed; where `nested` is None, with scales in fp32."""
+    tiles = [width // TILE_ROWS for width in packed.widths]
+    codes, scales, offsets = packed.codes.split(tiles), packed.scales.split(tiles), packed.offsets.split(tiles)
+    nested: Sequence[NestedScales | None] = [None] * len(tiles)
+    if packed.nested is not None and packed.quant_map is not None:
+        absmax = packed.nested.split([part.numel() // NESTED_BLOCK_SIZE for part in scales])
+        nested = [NestedScales(absmax[i], offsets[i][0], packed.quant_map) for i in range(len(tiles))]
+    return tuple(
+        Nf4Weight(
+            codes=_unpack_codes(codes[i]),
+            absmax=scales[i].transpose(1, 2).reshape(-1),
+            shape=(width, packed.in_features),
+            nested=nested[i],
+        )
+        for i, width in enumerate(packed.widths)
+    )
+
+
 def _pack_codes(weight: Nf4Weight) -> Tensor:
     n, k = weight.shape
     recoded = torch.tensor(RECODED, dtype=torch.uint8, device=weight.codes.device)
@@ -97,6 +116,16 @@ def _pack_codes(weight: Nf4Weight) -> Tensor:
     codes = codes.view(n // TILE_ROWS, 4, 2, 8, k // BLOCK_SIZE, 4, 2, 4, 2).permute(0, 4, 1, 3, 7, 5, 6, 8, 2)
     low, high = codes.reshape(-1, 2).unbind(-1)
     return (low | high << 4).view(torch.int32).view(n // TILE_ROWS, k // BLOCK_SIZE, TILE_WORDS)
+
+
+def _unpack_codes(codes: Tensor) -> Tensor:
+    recoded = codes.contiguous().view(torch.uint8)
+    original = torch.tensor(RECODED, device=codes.device).argsort().to(torch.uint8)
+    nibbles = original[torch.stack((recoded & 0xF, recoded >> 4), dim=-1).int()]
+    tiles, blocks = codes.shape[:2]
+    ordered = nibbles.view(tiles, blocks, 4, 8, 4, 4, 2, 2, 2).permute(0, 2, 8, 3, 1, 5, 6, 4, 7)
+    first, second = ordered.reshape(-1, 2).unbind(-1)
+    return first << 4 | second
 
 
 def _pack_scales(scales: Tensor, blocks: int) -> Tensor:

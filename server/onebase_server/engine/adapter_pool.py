@@ -7,7 +7,7 @@ read on a thread, while steps go on. It knows adapters by digest only: names and
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from onebase_server.engine.packing import PackedAdapter, pack_adapter
 from onebase_server.engine.request import AdapterRef
 from onebase_server.engine.scheduler import AdapterMemoryFull, AdapterUnusable
 from onebase_server.model.config import ModelConfig
+from onebase_server.model.linear import LinearGroup
 
 MAX_RETIRED = 4096
 """Retired versions that are remembered, for requests that were admitted before and arrive after."""
@@ -46,13 +47,16 @@ class AdapterPool:
     def __init__(
         self,
         config: ModelConfig,
+        base: Sequence[LinearGroup],
         budget_bytes: int,
         dtype: torch.dtype,
         device: torch.device,
         *,
         on_loaded: Callable[[], None] = lambda: None,
     ) -> None:
+        """`base` holds the base's groups by place, for adapters that are computed against its weights."""
         self.config = config
+        self._base = base
         self.dtype = dtype
         self.arena = kernels.allocate((budget_bytes // dtype.itemsize,), dtype, device)
         self.table = torch.zeros(
@@ -139,7 +143,7 @@ class AdapterPool:
         return self._place(adapter, packed, offset)
 
     def _load(self, adapter: AdapterRef) -> PackedAdapter:
-        packed = pack_adapter(read_adapter(adapter), self.config, self.dtype)
+        packed = pack_adapter(read_adapter(adapter), self.config, self.dtype, self._base)
         return PackedAdapter(packed.numbers.pin_memory(), packed.table) if self.arena.is_cuda else packed
 
     def _find_room(self, size: int) -> int:

@@ -57,7 +57,12 @@ class Engine:
         self.decoder = decoder
         self.block_pool = BlockPool(num_blocks, settings.block_size)
         self.adapter_pool = AdapterPool(
-            decoder.config, settings.adapter_memory, decoder.dtype, decoder.device, on_loaded=on_loaded
+            decoder.config,
+            tuple(decoder.weights.groups),
+            settings.adapter_memory,
+            decoder.dtype,
+            decoder.device,
+            on_loaded=on_loaded,
         )
         self.max_model_len = min(decoder.max_model_len, num_blocks * settings.block_size)
         kv_cache = allocate_kv_cache(decoder.config, num_blocks, settings.block_size, decoder.dtype, decoder.device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import onebase_kernels as kernels
-from onebase_kernels import LoraBatch, Nf4Weight, PackedNf4
+from onebase_kernels import LoraBatch, Nf4Weight, PackedNf4, dequantize_nf4
 
 
 class Linear(NamedTuple):
@@ -50,6 +50,11 @@ class LinearGroup:
             parts = tuple(kernels.pack_nf4([w]) if isinstance(w, Nf4Weight) else kernels.pack_dense(w) for w in weights)
         return cls(parts, widths, _join_biases(linears), place)
 
+    def weight(self, index: int) -> Tensor:
+        """One projection's weight in fp32, [N, in], out of what the back end packed."""
+        dense = torch.cat([_dequantize(part) for part in self.parts])
+        return torch.split(dense, list(self.widths))[index]
+
     @property
     def num_parameters(self) -> int:
         """Of the weights."""
@@ -78,6 +83,13 @@ def _linear(x: Tensor, weight: PackedNf4 | Tensor, bias: Tensor | None) -> Tenso
     if isinstance(weight, Tensor):
         return kernels.dense_linear(x, weight, bias)
     return kernels.nf4_linear(x, weight, bias)
+
+
+def _dequantize(part: PackedNf4 | Tensor) -> Tensor:
+    """fp32 [ΣN, in]."""
+    if isinstance(part, Tensor):
+        return part.float()
+    return torch.cat([dequantize_nf4(weight, torch.float32) for weight in kernels.unpack_nf4(part)])
 
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:

@@ -78,7 +78,9 @@ def export_merged(
 
     Raises:
         ConfigurationError: `output` exists, or the base's directory, configuration or tensors are not what is carried.
+        UnsupportedAdapter: the adapter does more to a linear than to add an update.
     """
+    adapter.require_no_epilogues()
     if output.exists():
         raise ConfigurationError(f"{output} already exists; choose another directory or remove it first.")
     merger = _Merger(base, adapter, form)

@@ -41,6 +41,21 @@ def test_a_merged_export_prints_the_error_of_rounding(onebase, base, tmp_path, q
 
 
 @pytest.mark.usefixtures("published")
+@pytest.mark.parametrize("options", [(), ("--merged",)], ids=["as PEFT's", "merged"])
+def test_an_adapter_that_is_more_than_an_update_is_refused(onebase, base, tmp_path, options):
+    source = tmp_path / "ia3"
+    source.mkdir()
+    (source / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3", "target_modules": ["o_proj"]}))
+    width, _ = ModelConfig.from_directory(base).adapter_layout().shapes["o_proj"]
+    vector = np.ones((width, 1), np.float32)
+    save_file({"base_model.model.model.layers.0.self_attn.o_proj.ia3_l": vector}, source / "adapter_model.safetensors")
+    onebase("publish", "ia3", source, "--base", base)
+    refused = onebase("export", "ia3", tmp_path / "out", *options, "--base", base, exit_code=1)
+    assert "does more to layers.0.o_proj" in " ".join(refused.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("published")
 def test_an_export_that_cannot_be_is_one_sentence(onebase, base, adapter, tmp_path):
     assert "no adapter parrot" in onebase("export", "parrot", tmp_path / "out", exit_code=1).stderr
     assert "already exists" in onebase("export", "pirate", adapter, exit_code=1).stderr

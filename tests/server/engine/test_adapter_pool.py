@@ -24,7 +24,9 @@ class Pool(AdapterPool):
 
     def __init__(self, config: ModelConfig, numbers: int) -> None:
         self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()
-        super().__init__(config, 4 * numbers, torch.float32, torch.device("cpu"), on_loaded=lambda: self.bell.put(None))
+        super().__init__(
+            config, (), 4 * numbers, torch.float32, torch.device("cpu"), on_loaded=lambda: self.bell.put(None)
+        )
 
     def acquire_loaded(self, adapter: AdapterRef) -> int:
         """Acquire, waiting for the blob to be read if it is not there yet."""

@@ -4,14 +4,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 import onebase_kernels as kernels
-from onebase_adapters.adapter import ModuleKey
+from onebase_adapters.adapter import Adapter, Epilogue, LowRankPair, ModuleKey
 from onebase_kernels import LoraBatch, Segment
 from onebase_server.engine.packing import pack_adapter
 from onebase_server.model.config import ModelConfig
+from onebase_server.model.linear import Linear, LinearGroup
 
-from .conftest import random_adapter
+from .conftest import TINY, random_adapter
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -28,7 +34,7 @@ def test_the_packed_form_computes_what_the_pairs_say(
     tiny_config: ModelConfig, ranks: dict[str, int], dtype: type
 ) -> None:
     adapter = random_adapter(tiny_config, ranks, dtype=dtype)
-    packed = pack_adapter(adapter, tiny_config, torch.float32)
+    packed = pack_adapter(adapter, tiny_config, torch.float32, base=())
     x = torch.randn(5, 48)
     for layer in range(tiny_config.num_layers):
         for index, group in enumerate(tiny_config.projection_groups):
@@ -49,4 +55,70 @@ def test_the_packed_form_computes_what_the_pairs_say(
 
 def test_an_adapter_takes_just_the_numbers_it_has(tiny_config: ModelConfig) -> None:
     adapter = random_adapter(tiny_config, {"q_proj": 5, "down_proj": 2})
-    assert pack_adapter(adapter, tiny_config, torch.bfloat16).numbers.numel() == adapter.num_parameters
+    assert pack_adapter(adapter, tiny_config, torch.bfloat16, base=()).numbers.numel() == adapter.num_parameters
+
+
+vectors = st.fixed_dictionaries({}, optional={name: st.just(name) for name in ("magnitude", "factor", "bias", "shift")})
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    ranks=st.dictionaries(st.sampled_from(LINEARS), st.integers(1, 9)),
+    epilogues=st.dictionaries(st.sampled_from(LINEARS), vectors.filter(bool)),
+    has_bias=st.booleans(),
+)
+def test_a_packed_epilogue_computes_what_the_canonical_form_says(
+    ranks: dict[str, int], epilogues: dict[str, dict[str, str]], has_bias: bool
+) -> None:
+    """Whatever linears have an update, an epilogue, both or neither: y is the formula on the base's weights."""
+    config = ModelConfig.from_hf(TINY)
+    pairs = random_adapter(config, ranks).pairs
+    shapes = config.adapter_layout().shapes
+    rng = np.random.default_rng(3)
+    adapter = Adapter(
+        pairs,
+        {
+            ModuleKey(1, name): Epilogue(**{part: rng.standard_normal(shapes[name][0], "f4") for part in parts})
+            for name, parts in epilogues.items()
+        },
+    )
+    base = dense_base(config, has_bias=has_bias)
+    packed = pack_adapter(adapter, config, torch.float32, base)
+    x = torch.randn(5, 48)
+    for index, group in enumerate(config.projection_groups):
+        place, inputs = len(config.projection_groups) + index, x[:, : group.in_features]
+        y = base[place](inputs, LoraBatch(packed.numbers, packed.table.flatten(0, 1).unsqueeze(1), (Segment(0, 0, 5),)))
+        for i, part in enumerate(y.split(list(group.widths), dim=1)):
+            key = ModuleKey(1, group.projections[i])
+            weight = base[place].weight(i)
+            bias = base[place].bias.split(list(group.widths))[i] if has_bias else torch.zeros(group.widths[i])
+            expected = formula(inputs, weight, bias, adapter.pairs.get(key), adapter.epilogues.get(key, Epilogue()))
+            torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-3)
+
+
+def formula(x: Tensor, weight: Tensor, bias: Tensor, pair: LowRankPair | None, epilogue: Epilogue) -> Tensor:
+    """As the docstring of `Epilogue` has it."""
+    given = {name: torch.from_numpy(vector) for name, vector in epilogue.vectors.items()}
+    if pair is not None:
+        weight = weight + pair.scale * torch.from_numpy(pair.lora_b @ pair.lora_a)
+    ratio = given["magnitude"] / weight.norm(dim=1) if "magnitude" in given else 1
+    return given.get("factor", 1) * (ratio * (x @ weight.T) + given.get("bias", bias) + given.get("shift", 0))
+
+
+def dense_base(config: ModelConfig, *, has_bias: bool) -> list[LinearGroup]:
+    """Random unquantised groups of all layers."""
+    generator = torch.Generator().manual_seed(4)
+    places = [group for _ in range(config.num_layers) for group in config.projection_groups]
+    return [
+        LinearGroup.build(
+            [
+                Linear(
+                    torch.randn(width, group.in_features, generator=generator),
+                    torch.randn(width, generator=generator) if has_bias else None,
+                )
+                for width in group.widths
+            ],
+            place,
+        )
+        for place, group in enumerate(places)
+    ]

@@ -57,7 +57,7 @@ class Machine:
         self.blocks = BlockPool(num_blocks, BLOCK)
         max_model_len = min(MAX_MODEL_LEN, num_blocks * BLOCK)
         self.prefixes = PrefixPool(self.blocks, self.memory, max_model_len, on_loaded=lambda: self.bell.put(None))
-        low_rank = AdapterPool(ModelConfig.from_hf(TINY), 0, torch.float32, torch.device("cpu"))
+        low_rank = AdapterPool(ModelConfig.from_hf(TINY), (), 0, torch.float32, torch.device("cpu"))
         self.scheduler = Scheduler(
             self.blocks,
             ResidentAdapters(low_rank, self.prefixes),

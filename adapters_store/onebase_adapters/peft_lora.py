@@ -1,0 +1,260 @@
+"""A PEFT LoRA adapter to the canonical form: LoRA, rsLoRA, DoRA, QA-LoRA, and what each of them does with biases."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import regex
+
+from .adapter import (
+    Adapter,
+    Array,
+    BaseLayout,
+    Epilogue,
+    InvalidConfig,
+    InvalidTensors,
+    LowRankPair,
+    ModuleKey,
+    RankTooLarge,
+    UnsupportedAdapter,
+)
+from .peft_config import (
+    CONFIG_FILE,
+    PROVENANCE,
+    choice,
+    compile_pattern,
+    finite_number,
+    flag,
+    match_pattern,
+    positive_integer,
+    refuse_options_beyond,
+)
+from .peft_targets import TARGET_OPTIONS, Targets
+from .peft_tensors import ADAPTER_NAME, ModuleTensors, group_by_module
+
+HONOURED = TARGET_OPTIONS | {
+    "alpha_pattern",
+    "bias",
+    "lora_alpha",
+    "lora_bias",
+    "peft_type",
+    "qalora_group_size",
+    "qalora_pooling",
+    "r",
+    "rank_pattern",
+    "use_dora",
+    "use_qalora",
+    "use_rslora",
+}
+
+WITHOUT_EFFECT = PROVENANCE | {
+    # how it was trained
+    "corda_config",
+    "eva_config",
+    "init_lora_weights",  # what is not plain is refused
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "runtime_config",
+    "velora_config",
+    # how weights lie in layers that are not linear; PEFT switches it off for those that are
+    "fan_in_fan_out",
+    # which modules got tensors: the tensors tell
+    "ensure_weight_tying",
+}
+"""Options that leave the answers of a finished adapter alone."""
+
+PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""Values of `init_lora_weights` that leave the base alone; the others subtract the first s·BA from its weights."""
+
+TENSORS = {
+    "lora_A": rf"lora_A{ADAPTER_NAME}\.weight",
+    "lora_B": rf"lora_B{ADAPTER_NAME}\.weight",
+    "lora_bias": rf"lora_B{ADAPTER_NAME}\.bias",
+    "lora_magnitude_vector": rf"lora_magnitude_vector{ADAPTER_NAME}(?:\.weight)?",
+    "bias": r"(?:base_layer\.)?bias",
+}
+"""Kinds of tensors to what their names end in."""
+
+Number = TypeVar("Number", int, float)
+Patterns = tuple[tuple["regex.Pattern[str]", Number], ...]
+"""Patterns of module names and what they map to, in the file's order: the first that matches counts."""
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """What `adapter_config.json` says that matters to answers."""
+
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    use_dora: bool
+    lora_bias: bool
+    trains_bias: bool
+    """Whether some of the base's biases are replaced: `bias` is `all` or `lora_only`."""
+    pooling: "Pooling | None"
+    rank_pattern: Patterns[int]
+    alpha_pattern: Patterns[float]
+    targets: Targets
+
+    def rank(self, module: str) -> int:
+        """The rank of a module, named as in the base model: `model.layers.3.self_attn.q_proj`."""
+        return _look_up(self.rank_pattern, module, self.r)
+
+    def scale(self, module: str) -> float:
+        """alpha / rank, or alpha / √rank for rsLoRA (arXiv 2312.03732)."""
+        rank, alpha = self.rank(module), _look_up(self.alpha_pattern, module, self.lora_alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """QA-LoRA (arXiv 2309.14717): A takes one number for each group of inputs.
+
+    In the paper that is the group's sum. PEFT's `use_qalora` takes the group's mean times the number of groups, which
+    is the sum times groups / group size. Either way A, each column repeated for its group's inputs, is plain LoRA's.
+    """
+
+    group_size: int
+    is_sum: bool
+    """Whether it is the paper's sum."""
+
+    def num_groups(self, module: ModuleTensors) -> int:
+        """How many groups the module's inputs are; raises InvalidConfig if they leave a rest."""
+        if module.in_features % self.group_size:
+            raise InvalidConfig(
+                f"{CONFIG_FILE}: qalora_group_size {self.group_size} does not divide the {module.in_features} inputs "
+                f"of {module.name}."
+            )
+        return module.in_features // self.group_size
+
+    def factor(self, module: ModuleTensors) -> float:
+        """What a group's sum is multiplied by."""
+        return 1.0 if self.is_sum else self.num_groups(module) / self.group_size
+
+
+def read_lora(config: dict[str, Any], tensors: Mapping[str, Array], layout: BaseLayout, *, max_rank: int) -> Adapter:
+    """Check an adapter of `peft_type` LORA against the base.
+
+    Raises:
+        InvalidConfig: a field of `adapter_config.json` makes no sense; the text names it.
+        UnsupportedAdapter: it asks for an option that is not carried; the text names it.
+        InvalidTensors: a tensor, which the text names, is missing, too much or does not fit.
+        RankTooLarge: a module's rank is over `max_rank`.
+    """
+    options = read_options(config)
+    pairs: dict[ModuleKey, LowRankPair] = {}
+    epilogues: dict[ModuleKey, Epilogue] = {}
+    for module in group_by_module(tensors, TENSORS, layout):
+        if _is_targeted(module):
+            options.targets.require(module.name)
+            for key, pair in _pairs(module, options, max_rank).items():
+                if key in pairs:
+                    raise InvalidTensors(f"{key} has two pairs of tensors, one of its own and one in a fused module.")
+                pairs[key] = pair
+        epilogues |= _epilogues(module, options)
+    return Adapter(pairs, epilogues)
+
+
+def read_options(config: dict[str, Any]) -> LoraOptions:
+    """Check what `load_config` read of a LoRA adapter; raises InvalidConfig or UnsupportedAdapter."""
+    _refuse_other_bases(config)
+    refuse_options_beyond(HONOURED | WITHOUT_EFFECT, config)
+    options = LoraOptions(
+        r=positive_integer(config.get("r"), "r"),
+        lora_alpha=finite_number(config.get("lora_alpha"), "lora_alpha"),
+        use_rslora=flag(config, "use_rslora"),
+        use_dora=flag(config, "use_dora"),
+        lora_bias=flag(config, "lora_bias"),
+        trains_bias=choice(config, "bias", ("none", "all", "lora_only"), "none") != "none",
+        pooling=_pooling(config),
+        rank_pattern=_patterns(config, "rank_pattern", positive_integer),
+        alpha_pattern=_patterns(config, "alpha_pattern", finite_number),
+        targets=Targets.read(config),
+    )
+    if options.use_dora and (options.lora_bias or options.pooling):
+        other = "lora_bias" if options.lora_bias else "use_qalora"
+        raise UnsupportedAdapter(f"{CONFIG_FILE} asks for both use_dora and {other}, which PEFT does not combine.")
+    return options
+
+
+def _refuse_other_bases(config: dict[str, Any]) -> None:
+    initialisation = config.get("init_lora_weights")
+    if initialisation not in PLAIN_INITIALISATIONS:
+        if initialisation == "loftq":
+            remedy = "Use PEFT's replace_lora_weights_loftq, which starts from the quantised base as it is."
+        else:
+            remedy = "Save it with path_initial_model_for_weight_conversion, which turns it into a plain LoRA."
+        raise UnsupportedAdapter(
+            f"init_lora_weights {initialisation!r} changes the base's weights, so this adapter does not fit the "
+            f"original base. {remedy}"
+        )
+
+
+def _pooling(config: dict[str, Any]) -> Pooling | None:
+    is_sum = choice(config, "qalora_pooling", ("mean", "sum"), "mean") == "sum"
+    if not flag(config, "use_qalora"):
+        return None
+    return Pooling(positive_integer(config.get("qalora_group_size"), "qalora_group_size"), is_sum)
+
+
+def _patterns(config: dict[str, Any], name: str, check: Callable[[object, str], Number]) -> Patterns[Number]:
+    patterns = config.get(name) or {}
+    if not isinstance(patterns, dict):
+        raise InvalidConfig(f"{CONFIG_FILE}: {name} should map module patterns to numbers, not be {patterns!r}.")
+    return tuple(
+        # PEFT's own expression: the pattern has to match the whole name, or the whole last parts of it
+        (compile_pattern(rf"(.*\.)?({pattern})$", name), check(value, f"{name}[{pattern!r}]"))
+        for pattern, value in patterns.items()
+    )
+
+
+def _look_up(patterns: Patterns[Number], module: str, default: Number) -> Number:
+    return next((value for pattern, value in patterns if match_pattern(pattern, module)), default)
+
+
+def _is_targeted(module: ModuleTensors) -> bool:
+    """Whether there is more than a bias: `bias: all` trains those of other modules too."""
+    return module.tensors.keys() != {"bias"}
+
+
+def _pairs(module: ModuleTensors, options: LoraOptions, max_rank: int) -> dict[ModuleKey, LowRankPair]:
+    """The module's pair; for a fused one the pair of each projection, which share A and divide B's rows."""
+    rank, pooling = options.rank(module.name), options.pooling
+    if rank > max_rank:
+        raise RankTooLarge(f"{module.name} has rank {rank}, but this server allows at most {max_rank}.")
+    scale = options.scale(module.name)
+    if pooling:
+        lora_a = module.take("lora_A", rank, pooling.num_groups(module)).repeat(pooling.group_size, axis=1)
+        scale *= pooling.factor(module)
+    else:
+        lora_a = module.take("lora_A", rank, module.in_features)
+    lora_b = module.take("lora_B", module.out_features, rank)
+    if lora_a.dtype != lora_b.dtype:
+        raise InvalidTensors(f"{module.name} has lora_A in {lora_a.dtype} but lora_B in {lora_b.dtype}.")
+    return {key: LowRankPair(lora_a, rows, scale) for key, rows in module.divide(lora_b)}
+
+
+def _epilogues(module: ModuleTensors, options: LoraOptions) -> dict[ModuleKey, Epilogue]:
+    """What follows the update of each of the module's projections; empty for plain LoRA."""
+    is_on = {"lora_magnitude_vector": options.use_dora, "lora_bias": options.lora_bias, "bias": options.trains_bias}
+    for kind, (name, _) in module.tensors.items():
+        if not is_on.get(kind, True):
+            raise InvalidTensors(f"There is {name}, but {CONFIG_FILE} has the option off that it belongs to.")
+    vectors: dict[str, Array] = {}
+    if options.trains_bias and "bias" in module.tensors:  # many linears have none that could be trained
+        vectors["bias"] = module.take("bias", module.out_features)
+    if options.use_dora and _is_targeted(module):
+        vectors["magnitude"] = module.take("lora_magnitude_vector", module.out_features)
+    if options.lora_bias and _is_targeted(module):
+        lora_bias = module.take("lora_bias", module.out_features).astype(np.float32)
+        vectors["shift"] = lora_bias * np.float32(options.scale(module.name))  # PEFT scales it as it scales BA x
+    divided: dict[ModuleKey, dict[str, Array]] = {}
+    for name, vector in vectors.items():
+        for key, part in module.divide(vector):
+            divided.setdefault(key, {})[name] = part
+    return {key: Epilogue(**parts) for key, parts in divided.items()}

@@ -1,0 +1,198 @@
+"""Every kind of adapter is what PEFT makes of it, alone and in one batch with all the others.
+
+One adapter per kind, made and saved by PEFT on the same NF4 base, whose attention has biases; log-probabilities within
+1e-4 relative over the whole vocabulary, in fp32.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import QALoraLinearVariant
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from onebase_adapters.store import AdapterStore
+from onebase_kernels import BackendName, use_backend
+from onebase_server.engine.core import Engine
+from onebase_server.engine.request import AdapterRef
+from onebase_server.model.config import ModelConfig
+from onebase_server.model.weights import load_decoder
+from onebase_server.settings import EngineSettings
+
+from .conftest import VOCAB, Oracle, load_nf4, publish
+from .test_mixed_batch import assert_like_oracle, prompt_of, run, submit
+
+ATTENTION_AND_DOWN = ["q_proj", "k_proj", "o_proj", "down_proj"]
+GROUP_SIZE = 16
+
+KINDS: dict[str, Callable[[], PeftConfig]] = {
+    "lora": lambda: LoraConfig(r=4, target_modules="all-linear"),
+    "rslora": lambda: LoraConfig(r=8, lora_alpha=4, use_rslora=True, target_modules=["q_proj", "up_proj"]),
+    "some layers": lambda: LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], layers_to_transform=[1], layers_pattern="layers"
+    ),
+    "exclusions": lambda: LoraConfig(
+        r=4, target_modules=r".*\.(q|k|v|o)_proj", exclude_modules=["layers.0.self_attn.q_proj"], fan_in_fan_out=True
+    ),
+    "dora": lambda: LoraConfig(r=4, use_dora=True, target_modules="all-linear"),
+    "dora of other ranks": lambda: LoraConfig(
+        r=4,
+        use_dora=True,
+        use_rslora=True,
+        target_modules=ATTENTION_AND_DOWN,
+        rank_pattern={"q_proj": 12},
+        alpha_pattern={"down_proj": 3},
+    ),
+    "dora with biases": lambda: LoraConfig(r=4, use_dora=True, bias="all", target_modules=["q_proj", "o_proj"]),
+    "lora_bias": lambda: LoraConfig(r=4, lora_alpha=3, lora_bias=True, target_modules=ATTENTION_AND_DOWN),
+    "bias of all": lambda: LoraConfig(r=4, bias="all", target_modules=["q_proj"]),
+    "bias of targets": lambda: LoraConfig(r=4, bias="lora_only", target_modules=["k_proj", "down_proj"]),
+    "ia3": lambda: IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "ia3 on all": lambda: IA3Config(target_modules="all-linear", feedforward_modules=["down_proj"]),
+    "vera": lambda: VeraConfig(r=8, target_modules=ATTENTION_AND_DOWN, projection_prng_key=7),
+    "qalora": lambda: LoraConfig(
+        r=4, use_qalora=True, qalora_group_size=GROUP_SIZE, target_modules=["q_proj", "down_proj"]
+    ),
+}
+
+QALORA_SUM = "qalora as in the paper"
+
+
+@pytest.fixture(scope="module")
+def biased_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2, whose q, k and v have biases, saved unquantised in fp32."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.15,
+        bos_token_id=0,
+        eos_token_id=1,
+        tie_word_embeddings=False,
+    )
+    model = Qwen2ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    directory = tmp_path_factory.mktemp("kinds") / "base"
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def kinds_oracle(biased_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    """Every kind, its numbers random, saved by PEFT."""
+    directory = tmp_path_factory.mktemp("peft-kinds")
+    models: dict[str, PeftModel] = {}
+    for name, make_config in KINDS.items():
+        config = make_config()
+        config.task_type = "CAUSAL_LM"
+        model = get_peft_model(load_nf4(biased_base), config, adapter_name=name)  # PEFT mixes no kinds in one model
+        if getattr(config, "use_qalora", False):
+            _make_qalora(model, name, config)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+        model.save_pretrained(directory)
+        models[name] = model.eval()
+    _write_as_in_the_paper(directory / "qalora", directory / QALORA_SUM)
+    return Oracle(models, directory)
+
+
+def _make_qalora(model: PeftModel, name: str, config: LoraConfig) -> None:
+    """Let PEFT's QA-LoRA compute, which it chooses by itself on GPTQ bases alone."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_variant[name] = QALoraLinearVariant()
+            QALoraLinearVariant.init(module, name, config)
+
+
+def _write_as_in_the_paper(source: Path, target: Path) -> None:
+    """The same adapter with A for the sums of groups, where PEFT's is for means times the number of groups."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "adapter_model.safetensors")
+    for name, tensor in tensors.items():
+        if "lora_A" in name:
+            tensors[name] = tensor * (tensor.shape[1] / GROUP_SIZE)
+    save_file(tensors, target / "adapter_model.safetensors")
+    config = json.loads((target / "adapter_config.json").read_text())
+    (target / "adapter_config.json").write_text(json.dumps(config | {"qalora_pooling": "sum"}))
+
+
+@pytest.fixture(scope="module")
+def kinds(
+    kinds_oracle: Oracle, biased_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, AdapterRef]]:
+    """Every kind, published."""
+    layout = ModelConfig.from_directory(biased_base).adapter_layout()
+    store = AdapterStore.open(tmp_path_factory.mktemp("kinds-store"), layout, base_name="biased")
+    yield {name: publish(store, name.replace(" ", "-"), kinds_oracle.directory / name) for name in (*KINDS, QALORA_SUM)}
+    store.close()
+
+
+@pytest.fixture
+def make_engine(biased_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[BackendName | None], Engine]:
+    """An engine on the base in NF4 and fp32."""
+
+    def make(backend: BackendName | None = None) -> Engine:
+        use_backend(backend or "auto")
+        options: dict[str, Any] = {"kv_cache_memory": "8MiB", "adapter_memory": "4MiB", "block_size": 4}
+        settings = EngineSettings.model_validate(
+            {"base": str(biased_base), "cache_dir": tmp_path_factory.getbasetemp() / "cache"}
+            | {"dtype": "float32", "device": "cpu"}
+            | options
+        )
+        return Engine(load_decoder(biased_base, settings), settings)
+
+    return make
+
+
+def oracle_of(kind: str) -> str:
+    """The oracle's name for a kind: the two forms of QA-LoRA are one adapter."""
+    return "qalora" if kind == QALORA_SUM else kind
+
+
+@pytest.mark.parametrize("backend", [None, "reference"], ids=["fastest", "reference"])
+def test_a_mixed_batch_of_all_kinds_says_what_peft_says_of_each(
+    make_engine: Callable[..., Engine],
+    kinds: dict[str, AdapterRef],
+    kinds_oracle: Oracle,
+    backend: BackendName | None,
+) -> None:
+    engine = make_engine(backend)
+    rows: dict[str, AdapterRef | None] = {"base-1": None, **kinds, "base-2": None}
+    for row, adapter in rows.items():
+        submit(engine, row, adapter)
+    outputs = run(engine)
+    for row, adapter in rows.items():
+        assert_like_oracle(outputs[row], row, oracle_of(row) if adapter else None, kinds_oracle)
+
+
+def test_each_kind_says_alone_what_peft_says(
+    make_engine: Callable[..., Engine], kinds: dict[str, AdapterRef], kinds_oracle: Oracle
+) -> None:
+    engine = make_engine()
+    for kind, adapter in kinds.items():
+        submit(engine, kind, adapter)
+        assert_like_oracle(run(engine)[kind], kind, oracle_of(kind), kinds_oracle)
+
+
+def test_every_kind_changes_the_answer(kinds_oracle: Oracle) -> None:
+    for kind in KINDS:
+        prompt = tuple(prompt_of(kind))
+        (_, base), (_, adapted) = (kinds_oracle.answer(prompt, name, 1) for name in (None, kind))
+        assert (base - adapted).norm() / base.norm() > 0.01, kind
