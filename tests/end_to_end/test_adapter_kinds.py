@@ -7,8 +7,8 @@ One adapter per kind, made and saved by PEFT on the same NF4 base, whose attenti
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_p
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import QALoraLinearVariant
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Phi3Config, Phi3ForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from onebase_adapters.store import AdapterStore
 from onebase_kernels import BackendName, use_backend
@@ -64,6 +64,13 @@ KINDS: dict[str, Callable[[], PeftConfig]] = {
 
 QALORA_SUM = "qalora as in the paper"
 
+FUSED_KINDS: dict[str, Callable[[], PeftConfig]] = {
+    "dora": lambda: LoraConfig(r=4, use_dora=True, target_modules="all-linear"),
+    "ia3": lambda: IA3Config(target_modules=["qkv_proj", "gate_up_proj", "down_proj"], feedforward_modules="down_proj"),
+    "vera": lambda: VeraConfig(r=8, target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+}
+"""For a base whose checkpoint has q, k and v in one linear, and gate and up."""
+
 
 @pytest.fixture(scope="module")
 def biased_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -95,11 +102,18 @@ def biased_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def kinds_oracle(biased_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     """Every kind, its numbers random, saved by PEFT."""
     directory = tmp_path_factory.mktemp("peft-kinds")
+    models = save_kinds(KINDS, biased_base, directory)
+    _write_as_in_the_paper(directory / "qalora", directory / QALORA_SUM)
+    return Oracle(models, directory)
+
+
+def save_kinds(kinds: dict[str, Callable[[], PeftConfig]], base: Path, directory: Path) -> dict[str, PeftModel]:
+    """A model with each kind, its numbers random, saved under its name."""
     models: dict[str, PeftModel] = {}
-    for name, make_config in KINDS.items():
+    for name, make_config in kinds.items():
         config = make_config()
         config.task_type = "CAUSAL_LM"
-        model = get_peft_model(load_nf4(biased_base), config, adapter_name=name)  # PEFT mixes no kinds in one model
+        model = get_peft_model(load_nf4(base), config, adapter_name=name)  # PEFT mixes no kinds in one model
         if getattr(config, "use_qalora", False):
             _make_qalora(model, name, config)
         generator = torch.Generator().manual_seed(1)
@@ -109,8 +123,7 @@ def kinds_oracle(biased_base: Path, tmp_path_factory: pytest.TempPathFactory) ->
                     parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
         model.save_pretrained(directory)
         models[name] = model.eval()
-    _write_as_in_the_paper(directory / "qalora", directory / QALORA_SUM)
-    return Oracle(models, directory)
+    return models
 
 
 def _make_qalora(model: PeftModel, name: str, config: LoraConfig) -> None:
@@ -144,21 +157,14 @@ def kinds(
     store.close()
 
 
-@pytest.fixture
-def make_engine(biased_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[BackendName | None], Engine]:
+def start_engine(base: Path, tmp_path_factory: pytest.TempPathFactory, backend: BackendName | None = None) -> Engine:
     """An engine on the base in NF4 and fp32."""
-
-    def make(backend: BackendName | None = None) -> Engine:
-        use_backend(backend or "auto")
-        options: dict[str, Any] = {"kv_cache_memory": "8MiB", "adapter_memory": "4MiB", "block_size": 4}
-        settings = EngineSettings.model_validate(
-            {"base": str(biased_base), "cache_dir": tmp_path_factory.getbasetemp() / "cache"}
-            | {"dtype": "float32", "device": "cpu"}
-            | options
-        )
-        return Engine(load_decoder(biased_base, settings), settings)
-
-    return make
+    use_backend(backend or "auto")
+    settings = EngineSettings.model_validate(
+        {"base": str(base), "cache_dir": tmp_path_factory.getbasetemp() / "cache", "block_size": 4}
+        | {"kv_cache_memory": "8MiB", "adapter_memory": "4MiB", "dtype": "float32", "device": "cpu"}
+    )
+    return Engine(load_decoder(base, settings), settings)
 
 
 def oracle_of(kind: str) -> str:
@@ -168,12 +174,13 @@ def oracle_of(kind: str) -> str:
 
 @pytest.mark.parametrize("backend", [None, "reference"], ids=["fastest", "reference"])
 def test_a_mixed_batch_of_all_kinds_says_what_peft_says_of_each(
-    make_engine: Callable[..., Engine],
+    biased_base: Path,
     kinds: dict[str, AdapterRef],
     kinds_oracle: Oracle,
+    tmp_path_factory: pytest.TempPathFactory,
     backend: BackendName | None,
 ) -> None:
-    engine = make_engine(backend)
+    engine = start_engine(biased_base, tmp_path_factory, backend)
     rows: dict[str, AdapterRef | None] = {"base-1": None, **kinds, "base-2": None}
     for row, adapter in rows.items():
         submit(engine, row, adapter)
@@ -183,9 +190,9 @@ def test_a_mixed_batch_of_all_kinds_says_what_peft_says_of_each(
 
 
 def test_each_kind_says_alone_what_peft_says(
-    make_engine: Callable[..., Engine], kinds: dict[str, AdapterRef], kinds_oracle: Oracle
+    biased_base: Path, kinds: dict[str, AdapterRef], kinds_oracle: Oracle, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    engine = make_engine()
+    engine = start_engine(biased_base, tmp_path_factory)
     for kind, adapter in kinds.items():
         submit(engine, kind, adapter)
         assert_like_oracle(run(engine)[kind], kind, oracle_of(kind), kinds_oracle)
@@ -196,3 +203,32 @@ def test_every_kind_changes_the_answer(kinds_oracle: Oracle) -> None:
         prompt = tuple(prompt_of(kind))
         (_, base), (_, adapted) = (kinds_oracle.answer(prompt, name, 1) for name in (None, kind))
         assert (base - adapted).norm() / base.norm() > 0.01, kind
+
+
+def test_vectors_of_fused_linears_are_divided_as_their_outputs_are(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    torch.manual_seed(0)
+    config = Phi3Config(
+        vocab_size=VOCAB,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.15,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    Phi3ForCausalLM(config).save_pretrained(tmp_path / "base")
+    oracle = Oracle(save_kinds(FUSED_KINDS, tmp_path / "base", tmp_path), tmp_path)
+    engine = start_engine(tmp_path / "base", tmp_path_factory)
+    layout = ModelConfig.from_directory(tmp_path / "base").adapter_layout()
+    with closing(AdapterStore.open(tmp_path / "store", layout, base_name="fused")) as store:
+        for kind in FUSED_KINDS:
+            submit(engine, kind, publish(store, kind, tmp_path / kind))
+        outputs = run(engine)
+    for kind in FUSED_KINDS:
+        assert_like_oracle(outputs[kind], kind, kind, oracle)
