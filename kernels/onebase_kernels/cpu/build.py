@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 HERE = Path(__file__).parent
 SOURCES = tuple(sorted(path.name for path in HERE.glob("*.cpp")))
@@ -69,18 +70,16 @@ def _build_variant(compiler: str, variant: str) -> Path:
     path = library_path(variant)
     if _is_current(path):
         return path
-    objects = []
-    for source in SOURCES:
-        target = OUTPUT / f"{variant}_{Path(source).stem}.o"
-        command = [compiler, *FLAGS, *VARIANTS[variant], "-c", str(HERE / source), "-o", str(target)]
-        subprocess.run(command, check=True)
-        objects.append(target)
-    # Renamed into place, for the one before may be in use.
-    unfinished = path.with_suffix(".unfinished")
-    subprocess.run([compiler, "-shared", "-pthread", *map(str, objects), "-o", str(unfinished)], check=True)
-    unfinished.replace(path)
-    for target in objects:
-        target.unlink()
+    with TemporaryDirectory(dir=OUTPUT) as scratch:
+        objects = []
+        for source in SOURCES:
+            target = Path(scratch) / f"{Path(source).stem}.o"
+            command = [compiler, *FLAGS, *VARIANTS[variant], "-c", str(HERE / source), "-o", str(target)]
+            subprocess.run(command, check=True)
+            objects.append(target)
+        finished = Path(scratch) / path.name
+        subprocess.run([compiler, "-shared", "-pthread", *map(str, objects), "-o", str(finished)], check=True)
+        finished.replace(path)  # renamed into place, for the one before may be in use
     return path
 
 
