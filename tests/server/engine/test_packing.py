@@ -118,6 +118,7 @@ def dense_base(config: ModelConfig, *, has_bias: bool) -> list[LinearGroup]:
                 )
                 for width in group.widths
             ],
+            group.widths,
             place,
         )
         for place, group in enumerate(places)
