@@ -1,10 +1,15 @@
 """`adapter`: a request on the weighted sum of several adapters."""
 
+import json
+
 import numpy as np
 import pytest
 from safetensors.numpy import save
 
 from .conftest import BASE_NAME, RunningServer
+
+PROMPT = {"prompt_embeddings": np.ones((4, 32), np.float32)}
+IA3 = {"base_model.model.model.layers.0.self_attn.k_proj.ia3_l": np.ones((16, 1), np.float32)}
 
 
 @pytest.fixture(scope="module")
@@ -81,15 +86,20 @@ def test_what_cannot_be_combined_is_refused_by_name(server, adapter, status, par
     assert message in error["message"]
 
 
-def test_virtual_tokens_are_refused_by_name(server, names):
-    files = {
-        "adapter_config.json": b'{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}',
-        "adapter_model.safetensors": save({"prompt_embeddings": np.ones((4, 32), np.float32)}),
-    }
-    assert server.post("/v1/adapters", data={"name": "mix-prompt"}, files=files).status_code == 201
-    error = complete(server, weighted((names[0], 0.5), ("mix-prompt", 0.5)), 400)["error"]
-    assert error["message"].startswith("mix-prompt@1 cannot be part of a combination. Virtual tokens")
-    assert complete(server, [{"name": "mix-prompt"}])["system_fingerprint"] == "mix-prompt@1"
+@pytest.mark.parametrize(
+    ("name", "config", "tensors", "reason"),
+    [
+        ("mix-prompt", {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}, PROMPT, "Virtual tokens"),
+        ("mix-ia3", {"peft_type": "IA3", "target_modules": ["k_proj"], "feedforward_modules": []}, IA3, "(IA)³"),
+    ],
+)
+def test_other_kinds_are_refused_by_name(server, names, name, config, tensors, reason):
+    files = {"adapter_config.json": json.dumps(config), "adapter_model.safetensors": save(tensors)}
+    assert server.post("/v1/adapters", data={"name": name}, files=files).status_code == 201
+    error = complete(server, weighted((names[0], 0.5), (name, 0.5)), 400)["error"]
+    assert error["message"].startswith(f"{name}@1 cannot be part of a combination.")
+    assert reason in error["message"]
+    assert complete(server, [{"name": name}])["system_fingerprint"] == f"{name}@1"
 
 
 def test_beside_adapter_the_model_is_the_base(server, names):
