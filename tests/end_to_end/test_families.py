@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from onebase_adapters.store import AdapterStore
@@ -37,6 +38,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": WINDOW,
     "qwen2": {},
     "qwen3": {},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 64},
     "gemma": {},
     "gemma2": WINDOW | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0},
     "gemma3_text": WINDOW | {"sliding_window_pattern": 3},
@@ -46,16 +49,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "stablelm": {"use_parallel_residual": True, "use_qkv_bias": True},
 }
-RANKS = {"small": 2, "large": 8}
-"""Of the LoRA adapters, by name."""
-ADAPTERS = (*RANKS, "prompt")
+MIXTURES = ("mixtral", "qwen3_moe")
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+LORAS: dict[str, dict[str, Any]] = {"lora": {"r": 2}, "dora": {"r": 8, "use_dora": True}}
+ADAPTERS = (*LORAS, "prompt")
+
+
+def rounded_to_nf4(weight: Tensor) -> Tensor:
+    return dequantize_nf4(quantize_nf4(weight, double_quant=False), torch.float32)
 
 
 def round_linears_to_nf4(model: PreTrainedModel) -> None:
     """Rounding once more changes nothing, so that the engine's quantisation finds these very weights."""
+    for parameter in model.parameters():
+        if parameter.dim() == 3:  # the experts' weights
+            parameter.data = torch.stack([rounded_to_nf4(weight) for weight in parameter.data])
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            module.weight.data = dequantize_nf4(quantize_nf4(module.weight.data, double_quant=False), torch.float32)
+            module.weight.data = rounded_to_nf4(module.weight.data)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -66,7 +77,7 @@ def family_oracle(request: pytest.FixtureRequest, tmp_path: Path) -> Oracle:
     base = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     round_linears_to_nf4(base)
     base.save_pretrained(tmp_path / "base")
-    models = dict.fromkeys(RANKS, lora_model(base)) | {"prompt": prompt_model(tmp_path / "base")}
+    models = dict.fromkeys(LORAS, lora_model(base)) | {"prompt": prompt_model(tmp_path / "base")}
     for model in dict.fromkeys(models.values()):
         model.save_pretrained(tmp_path / "adapters")
         model.eval()
@@ -75,8 +86,9 @@ def family_oracle(request: pytest.FixtureRequest, tmp_path: Path) -> Oracle:
 
 def lora_model(base: PreTrainedModel) -> PeftModel:
     model: PeftModel | None = None
-    for name, rank in RANKS.items():
-        lora = LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules="all-linear")
+    targets = ATTENTION if base.config.model_type in MIXTURES else "all-linear"
+    for name, options in LORAS.items():
+        lora = LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **options)
         if model is None:
             model = get_peft_model(base, lora, adapter_name=name)
         else:
@@ -127,5 +139,5 @@ def test_each_row_of_a_familys_mixed_batch_is_what_it_is_alone(
     store.close()
     for row, adapter in rows:
         assert_like_oracle(outputs[row], row, adapter, family_oracle)
-    if use_backend("auto") == "cpu":
+    if use_backend("auto") == "cpu" and engine.decoder.config.experts is None:
         assert engine.runner.activation_bytes > 0, "the step was not recorded"

@@ -58,7 +58,7 @@ class Engine:
         self.block_pool = BlockPool(num_blocks, settings.block_size)
         self.adapter_pool = AdapterPool(
             decoder.config,
-            tuple(decoder.weights.groups),
+            decoder.weights.adapter_groups,
             settings.adapter_memory,
             decoder.dtype,
             decoder.device,

@@ -4,6 +4,7 @@ The one place where sequences (Python) meet tensors. It decides nothing: what to
 """
 
 from collections.abc import Iterable
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -38,7 +39,8 @@ class Runner:
         self.adapter_pool = adapter_pool
         self.block_size = kv_cache.block_size
         largest = self._largest_step(max_num_tokens, min(max_num_seqs, max_num_tokens), max_model_len)
-        self._forward = kernels.record(lambda inputs: decoder.forward(inputs, kv_cache), largest)
+        forward = partial(decoder.forward, kv_cache=kv_cache)
+        self._forward = kernels.record(forward, largest) if decoder.is_recordable else forward
 
     @property
     def activation_bytes(self) -> int:

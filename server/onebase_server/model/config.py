@@ -14,7 +14,7 @@ from onebase_adapters.adapter import BaseLayout
 from onebase_server.errors import ConfigurationError
 from onebase_server.model.config_reader import ConfigReader, HfConfig
 from onebase_server.model.families import family_of
-from onebase_server.model.layer_config import Activation, NormConfig, NormPlaces, ScaleConfig
+from onebase_server.model.layer_config import Activation, ExpertConfig, NormConfig, NormPlaces, ScaleConfig
 from onebase_server.model.rope_config import RopeConfig
 
 
@@ -80,6 +80,8 @@ class ModelConfig:
     """Whether attention and MLP of a layer read the same normed hidden states."""
     is_fused: bool
     """Whether the checkpoint stores q, k and v as one tensor, and gate and up as another."""
+    experts: ExpertConfig | None
+    """None where each layer has one MLP for all tokens."""
     tie_word_embeddings: bool
     biases: frozenset[str]
     """The projections that add a bias."""
@@ -126,6 +128,7 @@ class ModelConfig:
             activation=_activation(reader, family.activations),
             is_parallel=is_parallel,
             is_fused=family.is_fused,
+            experts=family.experts(reader),
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", family.ties_embeddings)),
             biases=family.biases(hf),
             windows=windows,
@@ -154,15 +157,31 @@ class ModelConfig:
 
     @cached_property
     def projection_groups(self) -> tuple[ProjectionGroup, ...]:
-        """The four groups of every layer, in the order of `LoraBatch.table`."""
+        """The groups of every layer that adapters may touch, in the order of `LoraBatch.table`."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         hidden, inner = self.hidden_size, self.intermediate_size
         fused_qkv, fused_gate_up = ("qkv_proj", "gate_up_proj") if self.is_fused else (None, None)
-        return (
+        attention = (
             ProjectionGroup("qkv", ("q_proj", "k_proj", "v_proj"), hidden, (q, kv, kv), fused_qkv),
             ProjectionGroup("o", ("o_proj",), q, (hidden,)),
+        )
+        if self.experts is not None:
+            return attention
+        return (
+            *attention,
             ProjectionGroup("gate_up", ("gate_proj", "up_proj"), hidden, (inner, inner), fused_gate_up),
             ProjectionGroup("down", ("down_proj",), inner, (hidden,)),
+        )
+
+    @property
+    def expert_groups(self) -> tuple[ProjectionGroup, ...]:
+        """The groups of each expert; there are none without experts."""
+        if self.experts is None:
+            return ()
+        hidden, inner, names = self.hidden_size, self.experts.intermediate_size, self.experts.names
+        return (
+            ProjectionGroup("gate_up", (names.gate, names.up), hidden, (inner, inner)),
+            ProjectionGroup("down", (names.down,), inner, (hidden,)),
         )
 
     def adapter_layout(self) -> BaseLayout:

@@ -7,18 +7,16 @@ import torch
 from torch import Tensor
 
 import onebase_kernels as kernels
-from onebase_kernels import LoraBatch, StepInputs
+from onebase_kernels import StepInputs
 from onebase_server.model.config import ModelConfig
-from onebase_server.model.decoder_weights import DecoderWeights, LayerWeights
+from onebase_server.model.decoder_weights import DecoderWeights
 from onebase_server.model.kv_cache import KvCache
 from onebase_server.model.norm import add_and_normalize_, normalize, normalize_heads
 from onebase_server.model.rope import RotaryTable
 
-_GATES = {"silu": kernels.silu_mul, "gelu_tanh": kernels.gelu_mul}
-
 
 class Decoder:
-    """A transformer with rope, grouped-query attention and a gated MLP (arXiv 2302.13971, 2305.13245).
+    """A transformer with rope, grouped-query attention and gated MLPs (arXiv 2302.13971, 2305.13245).
 
     Where its norms are, what rotates and what is scaled or capped is what `config` says.
     """
@@ -46,6 +44,11 @@ class Decoder:
         return self.weights.embedding.device
 
     @property
+    def is_recordable(self) -> bool:
+        """Whether `kernels.record` may be given `forward`: which experts compute is only known in the step."""
+        return self.config.experts is None
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of all weights; `weights.report()` says more."""
         return self.weights.report().total_bytes
@@ -71,7 +74,7 @@ class Decoder:
                 kernels.add_(hidden, attended, scales.residual)
             else:
                 normed = add_and_normalize_(hidden, attended, scales.residual, layer.norms.before_mlp)
-            projected = normalize(self._mlp(normed, layer, inputs.lora), layer.norms.after_mlp)
+            projected = normalize(layer.mlp(normed, inputs.lora), layer.norms.after_mlp)
             next_norm = layers[index + 1].norms.before_attention if index + 1 < len(layers) else self.weights.norm
             normed = add_and_normalize_(hidden, projected, scales.residual, next_norm)
         return normed
@@ -99,7 +102,3 @@ class Decoder:
             q, k_cache, v_cache, attention, scales.attention, config.windows[index], scales.attention_softcap
         )
         return layer.o(out.view(x.shape[0], heads * head_dim), inputs.lora)
-
-    def _mlp(self, x: Tensor, layer: LayerWeights, lora: LoraBatch) -> Tensor:
-        gate = _GATES[self.config.activation]
-        return layer.down(gate(layer.gate_up(x, lora)), lora)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from onebase_server.errors import ConfigurationError
 from onebase_server.model.config_reader import ConfigReader, HfConfig
-from onebase_server.model.layer_config import Activation, NormConfig, NormPlaces, ScaleConfig
+from onebase_server.model.layer_config import Activation, ExpertConfig, ExpertNames, NormConfig, NormPlaces, ScaleConfig
 from onebase_server.model.rope_config import RopeConfig, read_rope
 
 Windows = tuple[int | None, ...]
@@ -185,6 +185,34 @@ def _granite_scales(reader: ConfigReader, _hidden_size: int, _head_dim: int) -> 
     )
 
 
+# Experts.
+
+
+def _no_experts(_reader: ConfigReader) -> ExpertConfig | None:
+    return None
+
+
+def _mixtral_experts(reader: ConfigReader) -> ExpertConfig:
+    return ExpertConfig(
+        num_experts=reader.integer("num_local_experts", default=8),
+        per_token=reader.integer("num_experts_per_tok", default=2),
+        intermediate_size=reader.integer("intermediate_size"),
+        is_normalized=True,
+        names=ExpertNames("block_sparse_moe", gate="w1", up="w3", down="w2"),
+    )
+
+
+def _qwen3_experts(reader: ConfigReader) -> ExpertConfig:
+    count_key = "num_local_experts" if reader.hf.get("num_experts") is None else "num_experts"
+    return ExpertConfig(
+        num_experts=reader.integer(count_key, default=128),
+        per_token=reader.integer("num_experts_per_tok", default=8),
+        intermediate_size=reader.integer("moe_intermediate_size", default=768),
+        is_normalized=bool(reader.hf.get("norm_topk_prob")),
+        names=ExpertNames(),
+    )
+
+
 @dataclass(frozen=True)
 class Family:
     """How a family's `config.json` maps to `ModelConfig`; the defaults are Llama's."""
@@ -192,6 +220,7 @@ class Family:
     biases: Callable[[HfConfig], frozenset[str]] = _biases_as_told
     windows: Callable[[ConfigReader, int], Windows] = _no_windows
     ropes: Callable[[ConfigReader, Windows], Ropes] = field(default_factory=_one_rope)
+    experts: Callable[[ConfigReader], ExpertConfig | None] = _no_experts
     scales: Callable[[ConfigReader, int, int], ScaleConfig] = _plain_scales
     """Of the reader, the hidden size and the head's."""
     norms: NormConfig = field(default_factory=NormConfig)
@@ -246,6 +275,22 @@ FAMILIES: Mapping[str, Family] = {
         norms=NormConfig(heads="each"),
         num_kv_heads=32,
         head_dim=128,
+    ),
+    "mixtral": Family(
+        biases=lambda _: frozenset(),
+        windows=_windows_everywhere,
+        ropes=_one_rope(theta=1_000_000.0),
+        experts=_mixtral_experts,
+        norms=NormConfig(eps=1e-5),
+        num_kv_heads=8,
+    ),
+    "qwen3_moe": Family(
+        biases=_attention_biases_as_told,
+        windows=_windows_if_switched_on,
+        experts=_qwen3_experts,
+        norms=NormConfig(heads="each"),
+        carried_options={"decoder_sparse_step": 1, "mlp_only_layers": []},
+        num_kv_heads=4,
     ),
     "gemma": Family(
         scales=_gemma_scales,

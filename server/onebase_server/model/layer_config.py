@@ -31,6 +31,30 @@ class NormConfig:
     """How q and k are normalised before rope: each head by itself, all of a token's heads as one row, or not at all."""
 
 
+class ExpertNames(NamedTuple):
+    """What a checkpoint calls the parts of a mixture of experts."""
+
+    parent: str = "mlp"
+    """The module in a layer that has the router, `gate`, and the experts, `experts.0` and so on."""
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """Every layer's MLP as a mixture of experts."""
+
+    num_experts: int
+    per_token: int
+    """How many experts compute for each token."""
+    intermediate_size: int
+    """Of each."""
+    is_normalized: bool
+    """Whether a token's weights sum to one; else they are the router's probabilities."""
+    names: ExpertNames
+
+
 @dataclass(frozen=True)
 class ScaleConfig:
     """What a base multiplies its activations with, and where it bounds them."""

@@ -30,11 +30,11 @@ class LinearGroup:
     """Output features of each projection."""
     bias: Tensor | None
     """[ΣN]."""
-    place: int
-    """Of this group in the adapters' table."""
+    place: int | None
+    """Of this group in the adapters' table; None where adapters cannot touch it."""
 
     @classmethod
-    def build(cls, linears: Sequence[Linear], widths: tuple[int, ...], place: int) -> "LinearGroup":
+    def build(cls, linears: Sequence[Linear], widths: tuple[int, ...], place: int | None) -> "LinearGroup":
         """Put a group's linears side by side, one of each projection or one of all.
 
         NF4 is packed for the back end that was chosen.
@@ -67,6 +67,8 @@ class LinearGroup:
 
     def __call__(self, x: Tensor, lora: LoraBatch) -> Tensor:
         """Base and adapters, `x Wᵢᵀ + bᵢ` plus the side paths, the projections side by side: [T, in] → [T, ΣN]."""
+        if self.place is None:
+            return self._base(x)
         started = kernels.start_lora(x, lora, self.place)
         y = self._base(x)
         kernels.add_lora_(y, x, lora, self.place, self.widths, started)

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 
 from onebase_server.model.config import ModelConfig
+from onebase_server.model.layer_config import ExpertConfig
 
 Shape = tuple[int, ...]
 
@@ -34,13 +35,31 @@ def norm_name(layer: int, norm: str) -> str:
     return f"model.layers.{layer}.{parent}{norm}"
 
 
+def router_name(config: ExpertConfig, layer: int) -> str:
+    """The weight of a layer's router: `model.layers.0.mlp.gate.weight`."""
+    return f"model.layers.{layer}.{config.names.parent}.gate.weight"
+
+
+def expert_name(config: ExpertConfig, layer: int, expert: int, linear: str) -> str:
+    """An expert's linear: `model.layers.0.mlp.experts.7.up_proj`."""
+    return f"model.layers.{layer}.{config.names.parent}.experts.{expert}.{linear}"
+
+
 def linear_shapes(config: ModelConfig, layer: int) -> dict[str, Shape]:
     """The weights of a layer's linears, by module."""
-    return {
+    shapes: dict[str, Shape] = {
         linear_name(layer, linear.name): (sum(linear.widths), group.in_features)
         for group in config.projection_groups
         for linear in group.linears
     }
+    if config.experts is not None:
+        shapes |= {
+            expert_name(config.experts, layer, expert, linear.name): (sum(linear.widths), group.in_features)
+            for expert in range(config.experts.num_experts)
+            for group in config.expert_groups
+            for linear in group.linears
+        }
+    return shapes
 
 
 def layer_shapes(config: ModelConfig, layer: int) -> dict[str, Shape]:
@@ -52,6 +71,8 @@ def layer_shapes(config: ModelConfig, layer: int) -> dict[str, Shape]:
         shapes[f"{module}.weight"] = shape
         if module.rpartition(".")[2] in config.biases:
             shapes[f"{module}.bias"] = shape[:1]
+    if config.experts is not None:
+        shapes[router_name(config.experts, layer)] = (config.experts.num_experts, config.hidden_size)
     return shapes
 
 

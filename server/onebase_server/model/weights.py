@@ -4,7 +4,8 @@ It knows files and names (`checkpoint`, `names`, `bnb_format`, `nf4_cache`) and 
 nothing itself.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,9 @@ from onebase_server.model.checkpoint_writer import Progress
 from onebase_server.model.config import ModelConfig, ProjectionGroup
 from onebase_server.model.decoder import Decoder
 from onebase_server.model.decoder_weights import DecoderWeights, LayerNorms, LayerWeights
+from onebase_server.model.layer_config import ExpertConfig
 from onebase_server.model.linear import Linear, LinearGroup
+from onebase_server.model.mlp import ExpertMlp, GatedMlp
 from onebase_server.model.nf4_cache import nf4_checkpoint
 from onebase_server.model.norm import LayerNorm, Norm, RmsNorm
 from onebase_server.settings import EngineSettings
@@ -129,10 +132,26 @@ class _Loader:
         parts = [part for name in shapes for part in bnb_format.nf4_part_names(name, self.checkpoint.shapes)]
         tensors = self.checkpoint.read([*shapes, *parts])
         groups = self.config.projection_groups
-        qkv, o, gate_up, down = (
-            self._group(tensors, layer, group, place) for place, group in enumerate(groups, layer * len(groups))
+        experts = self.config.experts
+        qkv, o, *mlp = (
+            self._group(tensors, group, partial(names.linear_name, layer), place)
+            for place, group in enumerate(groups, layer * len(groups))
         )
-        return LayerWeights(norms=self._norms(tensors, layer), qkv=qkv, o=o, gate_up=gate_up, down=down)
+        return LayerWeights(
+            norms=self._norms(tensors, layer),
+            qkv=qkv,
+            o=o,
+            mlp=self._experts(tensors, layer, experts) if experts else GatedMlp(mlp[0], mlp[1], self.config.activation),
+        )
+
+    def _experts(self, tensors: Mapping[str, Tensor], layer: int, config: ExpertConfig) -> ExpertMlp:
+        experts = []
+        for expert in range(config.num_experts):
+            name = partial(names.expert_name, config, layer, expert)
+            gate_up, down = (self._group(tensors, group, name, None) for group in self.config.expert_groups)
+            experts.append(GatedMlp(gate_up, down, self.config.activation))
+        router = self._vector(tensors[names.router_name(config, layer)])
+        return ExpertMlp(router, tuple(experts), config.per_token, config.is_normalized)
 
     def _norms(self, tensors: Mapping[str, Tensor], layer: int) -> LayerNorms:
         q_and_k = ("q_norm", "k_norm") if self.config.norms.heads else (None, None)
@@ -149,9 +168,16 @@ class _Loader:
             return RmsNorm(weight, norms.eps)
         return LayerNorm(weight, self._vector(tensors[f"{module}.bias"].float() * scale), norms.eps)
 
-    def _group(self, tensors: Mapping[str, Tensor], layer: int, group: ProjectionGroup, place: int) -> LinearGroup:
+    def _group(
+        self,
+        tensors: Mapping[str, Tensor],
+        group: ProjectionGroup,
+        name: Callable[[str], str],
+        place: int | None,
+    ) -> LinearGroup:
+        """The linears of a group, of which `name` says the modules."""
         linears = [
-            self._linear(tensors, names.linear_name(layer, linear.name), (sum(linear.widths), group.in_features))
+            self._linear(tensors, name(linear.name), (sum(linear.widths), group.in_features))
             for linear in group.linears
         ]
         return LinearGroup.build(linears, group.widths, place)
@@ -170,5 +196,5 @@ class _Loader:
         return tensor.to(self.device, self.dtype)
 
     def _vector(self, tensor: Tensor) -> Tensor:
-        """A norm or a bias, copied: a view would keep its file mapped, and the codes in memory that were packed."""
+        """A norm, a bias or a router, copied: a view would keep its file mapped, and in memory what was packed."""
         return tensor.to(self.device, self.dtype, copy=True)

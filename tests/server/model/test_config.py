@@ -29,6 +29,13 @@ QWEN3 = LLAMA | {"model_type": "qwen3", "head_dim": 32}
 GEMMA2 = LLAMA | {"model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
 GEMMA3 = GEMMA2 | {"model_type": "gemma3_text", "head_dim": 32}
 PHI3 = LLAMA | {"model_type": "phi3"}
+MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 4}
+QWEN3_MOE = QWEN3 | {
+    "model_type": "qwen3_moe",
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 48,
+}
 SMOLLM3 = LLAMA | {"model_type": "smollm3"}
 STABLELM = LLAMA | {"model_type": "stablelm"}
 
@@ -143,6 +150,24 @@ def test_how_much_of_a_head_is_rotated(hf: dict[str, Any], share: float) -> None
     assert ModelConfig.from_hf(hf).rope.rotated_share == share
 
 
+def test_experts_and_how_many_each_token_takes() -> None:
+    mixtral, qwen = ModelConfig.from_hf(MIXTRAL).experts, ModelConfig.from_hf(QWEN3_MOE).experts
+    assert mixtral is not None
+    assert qwen is not None
+    assert (mixtral.num_experts, mixtral.per_token, mixtral.intermediate_size, mixtral.is_normalized) == (
+        4,
+        2,
+        96,
+        True,
+    )
+    assert (qwen.num_experts, qwen.per_token, qwen.intermediate_size, qwen.is_normalized) == (16, 4, 48, False)
+    assert ModelConfig.from_hf(QWEN3).experts is None
+
+
+def test_adapters_may_not_touch_experts() -> None:
+    assert ModelConfig.from_hf(MIXTRAL).adapter_layout().projections == ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
 def test_softcaps_that_are_left_out_or_null_are_none() -> None:
     capped = ModelConfig.from_hf(GEMMA2 | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": None}).scales
     assert (capped.attention_softcap, capped.logits_softcap) == (50.0, None)
@@ -193,7 +218,7 @@ def test_adapters_may_touch_every_linear() -> None:
     [
         (
             LLAMA | {"model_type": "gpt2"},
-            "'gpt2' is not carried. Carried families: llama, mistral, qwen2, qwen3, gemma",
+            "'gpt2' is not carried. Carried families: llama, mistral, qwen2, qwen3, mixtral",
         ),
         ({}, "the model family None is not carried"),
         (LLAMA | {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not carried"),
@@ -206,6 +231,8 @@ def test_adapters_may_touch_every_linear() -> None:
         (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention = True is not carried"),
         (GEMMA3 | {"hidden_activation": "relu"}, "hidden_activation = 'relu' is not carried"),
         (GEMMA3 | {"rope_parameters": {"rope_theta": 1e4}}, "those of full_attention and those of sliding_attention"),
+        (QWEN3_MOE | {"mlp_only_layers": [0]}, "mlp_only_layers = [0] is not carried"),
+        (QWEN3_MOE | {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not carried"),
         (SMOLLM3 | {"no_rope_layers": [1]}, "no_rope_layers has 1 entries"),
         (LLAMA | {"rope_scaling": {"rope_type": "mrope"}}, "the rope type 'mrope' is not carried"),
         (LLAMA | {"rope_scaling": {"rope_type": "linear"}}, "factor should be a number, not None"),

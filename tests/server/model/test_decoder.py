@@ -40,6 +40,7 @@ LONGROPE = {
     "original_max_position_embeddings": 16,
 }
 
+QWEN3_MOE_OPTIONS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 128}
 GEMMA_OPTIONS = {"sliding_window": 9, "query_pre_attn_scalar": 20}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -63,6 +64,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3",
         {"head_dim": 32, "attention_bias": True, "tie_word_embeddings": True},
     ),
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "qwen3_moe": ("qwen3_moe", QWEN3_MOE_OPTIONS),
+    "qwen3_moe, weights that sum to one": ("qwen3_moe", QWEN3_MOE_OPTIONS | {"norm_topk_prob": True}),
     "gemma": ("gemma", {}),
     "gemma2": ("gemma2", GEMMA_OPTIONS | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}),
     "gemma3": ("gemma3_text", GEMMA_OPTIONS | {"sliding_window_pattern": 3}),
@@ -108,6 +112,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+MIXTURES = ("mixtral", "qwen3_moe")
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+"""What adapters may touch beside experts."""
+
+
 @pytest.fixture(autouse=True, scope="module")
 def served_backend() -> Iterator[None]:
     """The ops that a server computes with by default."""
@@ -125,12 +134,20 @@ def transformers_logits(model: PreTrainedModel | PeftModel) -> Tensor:
         return model(input_ids=torch.tensor([TOKENS])).logits[0]
 
 
+def rounded_to_nf4(weight: Tensor) -> Tensor:
+    """What bitsandbytes would compute with."""
+    return bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
+
+
 def round_linears_to_nf4(model: PreTrainedModel) -> None:
-    """Give the model the weights that bitsandbytes would compute with."""
+    """Round every linear of the layers; Transformers holds those of all experts in one tensor, gate and up as one."""
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            codes, state = bnb.quantize_4bit(module.weight.data, quant_type="nf4", compress_statistics=True)
-            module.weight.data = bnb.dequantize_4bit(codes, state)
+            module.weight.data = rounded_to_nf4(module.weight.data)
+        if name.endswith(".experts"):
+            for weights, parts in ((module.gate_up_proj, 2), (module.down_proj, 1)):
+                matrices = [matrix for weight in weights.data for matrix in weight.chunk(parts)]
+                weights.data = torch.cat([rounded_to_nf4(matrix.contiguous()) for matrix in matrices]).view_as(weights)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -162,7 +179,8 @@ def test_logits_of_an_adapter_of_pefts_are_those_of_transformers(
     tmp_path: Path,
 ) -> None:
     model_type, options = VARIANTS[variant]
-    peft_model = get_peft_model(make_model(model_type, **options), LoraConfig(r=4, target_modules="all-linear"))
+    targets = ATTENTION if model_type in MIXTURES else "all-linear"
+    peft_model = get_peft_model(make_model(model_type, **options), LoraConfig(r=4, target_modules=targets))
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
             if "lora_B" in name:
@@ -170,7 +188,7 @@ def test_logits_of_an_adapter_of_pefts_are_those_of_transformers(
     peft_model.save_pretrained(tmp_path / "adapter")
     decoder = load_decoder(tmp_path / "model", engine_settings(quantization="none"))
     adapter = peft_format.parse(tmp_path / "adapter", decoder.config.adapter_layout(), max_rank=4)
-    packed = pack_adapter(adapter, decoder.config, torch.float32, tuple(decoder.weights.groups))
+    packed = pack_adapter(adapter, decoder.config, torch.float32, decoder.weights.adapter_groups)
     expected = transformers_logits(peft_model)
     for name in ("chunked", "prefill, then decode"):
         assert relative_error(logits_of(decoder, TOKENS, CHUNKINGS[name], packed), expected) < 1e-4, name

@@ -88,6 +88,16 @@ def test_fused_linears_are_merged_part_by_part(make_model, tmp_path):
     assert changed.tolist() == [False] * 64 + [True] * 32 + [False] * 32
 
 
+def test_experts_are_exported_as_they_are(make_model, tmp_path):
+    base, peft_directory = tmp_path / "model", tmp_path / "peft"
+    config = LoraConfig(r=4, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    get_peft_model(make_model("mixtral", num_local_experts=4), config).save_pretrained(peft_directory)
+    adapter = parse(peft_directory, ModelConfig.from_directory(base).adapter_layout(), max_rank=8)
+    export_merged(base, adapter, tmp_path / "out", UNQUANTISED)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(logits(ours), logits(merged_by_peft(base, peft_directory)), rtol=1e-4, atol=1e-4)
+
+
 def test_merged_as_served_it_is_the_base_that_nf4_stands_for_and_the_adapter(base, adapter, tmp_path):
     export_merged(base, adapter, tmp_path / "out", ExportForm(dtype="float32"))
     written, source = tensors_of(tmp_path / "out"), tensors_of(base)
