@@ -108,13 +108,21 @@ class Adapter:
     pairs: Mapping[ModuleKey, LowRankPair] = field(repr=False)
     epilogues: Mapping[ModuleKey, Epilogue] = field(default_factory=dict, repr=False)
     prefix: Prefix | None = field(default=None, repr=False)
+    invocation_tokens: tuple[int, ...] = ()
+    """Of aLoRA (arXiv 2504.12397): from their last occurrence in a prompt on the adapter computes, before them the base
+    alone, as it does for a prompt without them. Empty where the adapter computes everything."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pairs", MappingProxyType(dict(sorted(self.pairs.items()))))
         object.__setattr__(self, "epilogues", MappingProxyType(dict(sorted(self.epilogues.items()))))
 
-    def require_no_epilogues(self) -> None:
-        """Raise UnsupportedAdapter unless W + ΔW is all that the adapter makes of the base's linears."""
+    def require_exportable(self) -> None:
+        """Raise UnsupportedAdapter unless the adapter makes W + ΔW of the base's linears, for every token."""
+        if self.invocation_tokens:
+            raise UnsupportedAdapter(
+                "The adapter is an aLoRA, which computes behind its invocation tokens alone, so it can be served, but "
+                "not exported."
+            )
         if self.epilogues:
             raise UnsupportedAdapter(
                 f"The adapter does more to {next(iter(self.epilogues))} than to add a low-rank update (DoRA, (IA)³, "

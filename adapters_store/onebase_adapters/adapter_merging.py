@@ -108,6 +108,8 @@ def require_lora(adapter: Adapter) -> None:
         raise InvalidMerge(
             "Virtual tokens (prefix-tuning, prompt tuning and their kin) cannot be merged; only LoRA can."
         )
+    if adapter.invocation_tokens:
+        raise InvalidMerge("An aLoRA computes behind its invocation tokens alone and cannot be merged; only LoRA can.")
     if adapter.epilogues:
         raise InvalidMerge(
             f"What follows the update of {next(iter(adapter.epilogues))} (DoRA, (IA)³, biases) cannot be merged; "

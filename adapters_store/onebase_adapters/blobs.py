@@ -49,8 +49,10 @@ def write_blob(adapter: Adapter, path: Path) -> str:
     if adapter.prefix is not None:
         tensors[_PREFIX_NAMES[type(adapter.prefix)]] = np.ascontiguousarray(adapter.prefix.rows)
     scales = {str(key): pair.scale for key, pair in adapter.pairs.items()}
-    description = json.dumps({"format_version": FORMAT_VERSION, "scales": scales}, sort_keys=True)
-    save_file(tensors, path, metadata={METADATA_KEY: description})
+    description: dict[str, object] = {"format_version": FORMAT_VERSION, "scales": scales}
+    if adapter.invocation_tokens:
+        description["invocation_tokens"] = adapter.invocation_tokens
+    save_file(tensors, path, metadata={METADATA_KEY: json.dumps(description, sort_keys=True)})
     sync(path)
     return file_digest(path)
 
@@ -105,7 +107,7 @@ def _parse(file: TensorFile) -> Adapter:
             epilogues[key] = Epilogue(**parts)  # which takes no matrix that has no scale
     if scales or not (pairs or epilogues):
         raise ValueError("its tensors are not those that its metadata announces.")
-    return Adapter(pairs, epilogues)
+    return Adapter(pairs, epilogues, invocation_tokens=tuple(map(int, description.get("invocation_tokens", ()))))
 
 
 def _parts_by_linear(file: TensorFile) -> dict[ModuleKey, dict[str, Array]]:

@@ -34,7 +34,12 @@ from sqlalchemy.exc import DatabaseError
 
 from .adapter import Adapter, AdapterNotFound, BaseLayout, StoreError, VersionNotFound
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+UPGRADES = {
+    "1": "ALTER TABLE versions ADD COLUMN num_virtual_tokens INTEGER NOT NULL DEFAULT 0",
+    "2": "ALTER TABLE versions ADD COLUMN invocation_tokens VARCHAR NOT NULL DEFAULT ''",
+}
+"""What makes the next schema of each earlier one; the first knew no prefixes, the second no aLoRA."""
 BUSY_SECONDS = 30
 LARGEST_INTEGER = 2**63 - 1
 """SQLite's; a version beyond it cannot even be asked for."""
@@ -61,6 +66,7 @@ _versions = Table(
     Column("num_parameters", Integer, nullable=False),
     Column("created_at", String, nullable=False),  # ISO 8601, UTC
     Column("num_virtual_tokens", Integer, nullable=False, server_default="0"),
+    Column("invocation_tokens", String, nullable=False, server_default=""),  # separated by commas
 )
 
 
@@ -82,6 +88,8 @@ class AdapterVersion:
     created_at: datetime
     num_virtual_tokens: int
     """How many positions of the context a prefix takes; 0 for other adapters."""
+    invocation_tokens: tuple[int, ...]
+    """What a prompt calls an aLoRA with; empty for other adapters."""
     is_live: bool
     """Whether it answered to the plain name when it was looked up."""
 
@@ -210,6 +218,7 @@ class Catalogue:
                     num_parameters=adapter.num_parameters,
                     created_at=datetime.now(UTC).isoformat(),
                     num_virtual_tokens=adapter.num_virtual_tokens,
+                    invocation_tokens=",".join(map(str, adapter.invocation_tokens)),
                 )
             )
             return _resolve(connection, name, version)
@@ -298,12 +307,11 @@ class Catalogue:
                 connection.execute(_meta.insert(), [{"key": key, "value": value} for key, value in values.items()])
 
     def _upgrade(self) -> None:
-        """Bring a catalogue of version 1 up to date: it knew no prefixes."""
-        if self._meta("schema_version") != "1":
-            return
-        with self._transaction() as connection:
-            connection.exec_driver_sql("ALTER TABLE versions ADD COLUMN num_virtual_tokens INTEGER NOT NULL DEFAULT 0")
-            _set_meta(connection, "schema_version", str(SCHEMA_VERSION))
+        """Bring a catalogue of an earlier version up to date, step by step."""
+        while (version := self._meta("schema_version")) in UPGRADES:
+            with self._transaction() as connection:
+                connection.exec_driver_sql(UPGRADES[version])
+                _set_meta(connection, "schema_version", str(int(version) + 1))
 
     def _check_base(self, layout: BaseLayout | None, base_name: str | None) -> None:
         if self._meta("schema_version") != str(SCHEMA_VERSION):
@@ -356,19 +364,19 @@ def _parse_rows(rows: Sequence[Row[Any]]) -> list[AdapterVersion]:
 
 
 def _parse_row(row: Row[Any]) -> AdapterVersion:
-    name, version, digest, source_sha256, rank, targets, nbytes, num_parameters, created_at, virtual, live = tuple(row)
     return AdapterVersion(
-        name=name,
-        version=version,
-        digest=digest,
-        source_sha256=source_sha256,
-        rank=rank,
-        targets=tuple(targets.split(",")) if targets else (),
-        nbytes=nbytes,
-        num_parameters=num_parameters,
-        created_at=datetime.fromisoformat(created_at),
-        num_virtual_tokens=virtual,
-        is_live=bool(live),
+        name=row.name,
+        version=row.version,
+        digest=row.digest,
+        source_sha256=row.source_sha256,
+        rank=row.rank,
+        targets=tuple(row.targets.split(",")) if row.targets else (),
+        nbytes=row.nbytes,
+        num_parameters=row.num_parameters,
+        created_at=datetime.fromisoformat(row.created_at),
+        num_virtual_tokens=row.num_virtual_tokens,
+        invocation_tokens=tuple(map(int, row.invocation_tokens.split(","))) if row.invocation_tokens else (),
+        is_live=bool(row.is_live),
     )
 
 

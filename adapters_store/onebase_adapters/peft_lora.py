@@ -35,6 +35,7 @@ from .peft_targets import TARGET_OPTIONS, Targets
 from .peft_tensors import ADAPTER_NAME, ModuleTensors, group_by_module
 
 HONOURED = TARGET_OPTIONS | {
+    "alora_invocation_tokens",
     "alpha_pattern",
     "bias",
     "lora_alpha",
@@ -97,6 +98,8 @@ class LoraOptions:
     trains_bias: bool
     """Whether some of the base's biases are replaced: `bias` is `all` or `lora_only`."""
     pooling: "Pooling | None"
+    invocation_tokens: tuple[int, ...]
+    """Of aLoRA; empty without."""
     rank_pattern: Patterns[int]
     alpha_pattern: Patterns[float]
     targets: Targets
@@ -157,7 +160,7 @@ def read_lora(config: dict[str, Any], tensors: Mapping[str, Array], layout: Base
                     raise InvalidTensors(f"{key} has two pairs of tensors, one of its own and one in a fused module.")
                 pairs[key] = pair
         epilogues |= _epilogues(module, options)
-    return Adapter(pairs, epilogues)
+    return Adapter(pairs, epilogues, invocation_tokens=options.invocation_tokens)
 
 
 def read_options(config: dict[str, Any]) -> LoraOptions:
@@ -172,6 +175,7 @@ def read_options(config: dict[str, Any]) -> LoraOptions:
         lora_bias=flag(config, "lora_bias"),
         trains_bias=choice(config, "bias", ("none", "all", "lora_only"), "none") != "none",
         pooling=_pooling(config),
+        invocation_tokens=_invocation_tokens(config.get("alora_invocation_tokens")),
         rank_pattern=_patterns(config, "rank_pattern", positive_integer),
         alpha_pattern=_patterns(config, "alpha_pattern", finite_number),
         targets=Targets.read(config),
@@ -179,7 +183,20 @@ def read_options(config: dict[str, Any]) -> LoraOptions:
     if options.use_dora and (options.lora_bias or options.pooling):
         other = "lora_bias" if options.lora_bias else "use_qalora"
         raise UnsupportedAdapter(f"{CONFIG_FILE} asks for both use_dora and {other}, which PEFT does not combine.")
+    if options.invocation_tokens and (options.use_dora or options.pooling or options.trains_bias):
+        other = "use_dora" if options.use_dora else "use_qalora" if options.pooling else "bias"
+        raise UnsupportedAdapter(
+            f"{CONFIG_FILE} asks for both alora_invocation_tokens and {other}, which this server does not combine."
+        )
     return options
+
+
+def _invocation_tokens(value: object) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not value or not all(type(token) is int and token >= 0 for token in value):
+        raise InvalidConfig(f"{CONFIG_FILE}: alora_invocation_tokens should be a list of token ids, not {value!r}.")
+    return tuple(value)
 
 
 def _refuse_other_bases(config: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ def write_peft(adapter: Adapter, directory: Path, *, base_name: str) -> None:
     `parse` makes the same adapter of them, and PEFT loads them as they are. Raises UnsupportedAdapter for an adapter
     that does more to a linear than to add an update.
     """
-    adapter.require_no_epilogues()
+    adapter.require_exportable()
     if adapter.prefix is not None:
         config, tensors = _prefix_config(adapter.prefix), _prefix_tensors(adapter.prefix)
     else:

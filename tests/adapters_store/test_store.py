@@ -332,12 +332,13 @@ def test_a_layout_survives_the_catalogue(tmp_path):
     opened.close()
 
 
-def test_a_store_from_before_there_were_prefixes_is_brought_up_to_date(open_store, write_peft, write_prefix):
+def test_a_store_from_before_there_were_prefixes_and_alora_is_brought_up_to_date(open_store, write_peft, write_prefix):
     store = open_store()
     store.publish("pirate", write_peft())
     store.close()
     with closing(sqlite3.connect(store.root / "catalogue.sqlite3")) as database:
         database.execute("ALTER TABLE versions DROP COLUMN num_virtual_tokens")
+        database.execute("ALTER TABLE versions DROP COLUMN invocation_tokens")
         database.execute("UPDATE meta SET value = '1' WHERE key = 'schema_version'")
         database.execute("UPDATE meta SET value = json_remove(value, '$.num_kv_heads') WHERE key = 'layout'")
         database.commit()
@@ -346,3 +347,6 @@ def test_a_store_from_before_there_were_prefixes_is_brought_up_to_date(open_stor
     assert reopened.layout.num_kv_heads == 2
     assert reopened.resolve("pirate").num_virtual_tokens == 0
     assert reopened.publish("prefixed", write_prefix()).num_virtual_tokens == 5
+    called = write_peft(name="alora", alora_invocation_tokens=[7, 8])
+    assert reopened.publish("called", called).invocation_tokens == (7, 8)
+    assert read_blob(reopened.blob_path(reopened.resolve("called").digest)).invocation_tokens == (7, 8)

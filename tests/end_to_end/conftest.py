@@ -219,4 +219,5 @@ def publish(store: AdapterStore, name: str, directory: Path) -> AdapterRef:
         path=str(store.blob_path(version.digest)),
         label=version.label,
         num_virtual_tokens=version.num_virtual_tokens,
+        invocation_tokens=version.invocation_tokens,
     )

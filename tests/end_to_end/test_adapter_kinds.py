@@ -57,6 +57,9 @@ KINDS: dict[str, Callable[[], PeftConfig]] = {
     "ia3": lambda: IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "ia3 on all": lambda: IA3Config(target_modules="all-linear", feedforward_modules=["down_proj"]),
     "vera": lambda: VeraConfig(r=8, target_modules=ATTENTION_AND_DOWN, projection_prng_key=7),
+    "alora": lambda: LoraConfig(
+        r=4, task_type="CAUSAL_LM", target_modules="all-linear", alora_invocation_tokens=prompt_of("alora")[5:8]
+    ),
     "qalora": lambda: LoraConfig(
         r=4, use_qalora=True, qalora_group_size=GROUP_SIZE, target_modules=["q_proj", "down_proj"]
     ),
@@ -232,3 +235,23 @@ def test_vectors_of_fused_linears_are_divided_as_their_outputs_are(
         outputs = run(engine)
     for kind in FUSED_KINDS:
         assert_like_oracle(outputs[kind], kind, kind, oracle)
+
+
+def test_alora_computes_nothing_before_it_is_called_and_reuses_what_the_base_computed(
+    biased_base: Path, kinds: dict[str, AdapterRef], kinds_oracle: Oracle, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    engine = start_engine(biased_base, tmp_path_factory)
+    submit(engine, "alora", None)
+    run(engine)
+    submit(engine, "alora", kinds["alora"])  # called at its token 5: one block of four tokens is before that
+    submit(engine, "not called", kinds["alora"])
+    outputs = run(engine)
+    assert outputs["alora"][0].num_cached_tokens == 4
+    assert_like_oracle(outputs["alora"], "alora", "alora", kinds_oracle)
+    assert_like_oracle(outputs["not called"], "not called", None, kinds_oracle)
+    submit(engine, "alora", kinds["alora"])
+    again = run(engine)["alora"]
+    assert again[0].num_cached_tokens >= 8, "the adapter's own blocks are reused too"
+    assert_like_oracle(again, "alora", "alora", kinds_oracle)
+    submit(engine, "alora", None)
+    assert_like_oracle(run(engine)["alora"], "alora", None, kinds_oracle)

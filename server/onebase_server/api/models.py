@@ -146,4 +146,5 @@ def adapter_ref(store: AdapterStore, version: AdapterVersion) -> AdapterRef:
         path=str(store.blob_path(version.digest)),
         label=version.label,
         num_virtual_tokens=version.num_virtual_tokens,
+        invocation_tokens=version.invocation_tokens,
     )

@@ -48,7 +48,7 @@ def export(
     """Write an adapter as a PEFT directory, or with --merged the base with it as an ordinary checkpoint."""
     with open_store(store) as opened:
         adapter = read_adapter(opened, name)
-        adapter.require_no_epilogues()  # before anything is written
+        adapter.require_exportable()  # before anything is written
         base_name, layout = opened.base_name, opened.layout
         if not merged:
             _export_peft(adapter, output, base_name)

@@ -13,7 +13,8 @@ def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """Key of a full block: its tokens and, through `parent`, everything before them.
 
     The first block's parent is `hash_root(adapter digest)`: keys and values depend on the adapter, so that blocks are
-    never shared between adapters, nor between versions of one.
+    never shared between adapters, nor between versions of one. An adapter that computes from a later token on shares
+    the base's blocks up to there, and from there `hash_activation` is the parent.
     """
     return hashlib.blake2b(parent + array("q", token_ids).tobytes(), digest_size=16).digest()
 
@@ -29,6 +30,11 @@ def hash_prefix(adapter_digest: str, num_blocks: int) -> list[bytes]:
 def hash_root(adapter_digest: str | None) -> bytes:
     """The parent of a sequence's first block."""
     return hashlib.blake2b((adapter_digest or "").encode(), digest_size=16, person=b"onebase prefix").digest()
+
+
+def hash_activation(parent: bytes, adapter_digest: str | None) -> bytes:
+    """The parent of the block with the first token that an adapter computes, behind blocks of the base."""
+    return hashlib.blake2b(parent + (adapter_digest or "").encode(), digest_size=16, person=b"onebase active").digest()
 
 
 class BlockPool:

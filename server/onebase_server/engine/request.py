@@ -34,12 +34,27 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     """One with the weight 1, or those of a weighted combination, which runs on the sum of their updates."""
     num_virtual_tokens: int = 0
     """How many positions of the context its prefix takes, before the prompt."""
+    invocation_tokens: tuple[int, ...] = ()
+    """Of aLoRA: it computes from their last occurrence in the prompt on; empty: from the beginning."""
 
     @classmethod
-    def of_version(cls, *, digest: str, path: str, label: str, num_virtual_tokens: int = 0) -> "AdapterRef":
+    def of_version(
+        cls,
+        *,
+        digest: str,
+        path: str,
+        label: str,
+        num_virtual_tokens: int = 0,
+        invocation_tokens: tuple[int, ...] = (),
+    ) -> "AdapterRef":
         """One version by itself."""
         part = AdapterPart(digest=digest, path=path, label=label)
-        return cls(digest=digest, parts=(part,), num_virtual_tokens=num_virtual_tokens)
+        return cls(
+            digest=digest,
+            parts=(part,),
+            num_virtual_tokens=num_virtual_tokens,
+            invocation_tokens=invocation_tokens,
+        )
 
     @classmethod
     def combination(cls, parts: Sequence[AdapterPart]) -> "AdapterRef":

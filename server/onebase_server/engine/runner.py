@@ -88,16 +88,17 @@ class Runner:
         )
 
     def _lora(self, batch: Batch) -> LoraBatch:
-        """One segment for each run of tokens with the same adapter; the batch is ordered by slot."""
+        """One segment for each run of tokens that the same adapter computes; the batch is ordered by slot."""
         segments: list[Segment] = []
         start = 0
         for entry in batch.scheduled:
             stop, slot = start + entry.num_tokens, entry.sequence.slot
-            if slot != NO_SLOT:
-                if segments and segments[-1].slot == slot:
+            first = start + max(0, entry.sequence.first_adapted - entry.start)
+            if slot != NO_SLOT and first < stop:
+                if segments and segments[-1].slot == slot and segments[-1].stop == first:
                     segments[-1] = Segment(slot, segments[-1].start, stop)
                 else:
-                    segments.append(Segment(slot, start, stop))
+                    segments.append(Segment(slot, first, stop))
             start = stop
         return self._lora_of(segments)
 

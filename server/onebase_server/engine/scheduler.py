@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from onebase_server.engine.block_pool import BlockPool, hash_block, hash_root
+from onebase_server.engine.block_pool import BlockPool, hash_activation, hash_block, hash_root
 from onebase_server.engine.request import AdapterRef, Logprob, TokenOutput
 from onebase_server.engine.sequence import NO_SLOT, Sequence
 
@@ -281,8 +281,10 @@ class Scheduler:
         """The first `count` block hashes, computing those that are new."""
         hashes, size = sequence.block_hashes, self.block_pool.block_size
         while len(hashes) < count:
-            start = len(hashes) * size
-            parent = hashes[-1] if hashes else hash_root(sequence.adapter_digest)
+            start, digest = len(hashes) * size, sequence.adapter_digest
+            parent = hashes[-1] if hashes else hash_root(None if sequence.first_adapted else digest)
+            if sequence.first_adapted and start <= sequence.first_adapted < start + size:
+                parent = hash_activation(parent, digest)
             hashes.append(hash_block(parent, sequence.tokens_at(start, start + size)))
         return hashes[:count]
 

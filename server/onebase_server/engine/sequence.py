@@ -12,6 +12,12 @@ NO_SLOT = -1
 """The adapter slot of a sequence that runs on the base alone."""
 
 
+def find_last(wanted: tuple[int, ...], token_ids: tuple[int, ...]) -> int:
+    """Where `wanted` begins for the last time in `token_ids`; -1 if it does not."""
+    starts = range(len(token_ids) - len(wanted), -1, -1)
+    return next((start for start in starts if token_ids[start : start + len(wanted)] == wanted), -1)
+
+
 @dataclass(eq=False, slots=True)
 class Sequence:
     """Progress is `num_tokens - num_computed_tokens`: what is known but not yet in the KV cache.
@@ -28,6 +34,8 @@ class Sequence:
     adapter: AdapterRef | None
     arrival: float
     """Monotonic seconds."""
+    first_adapted: int = 0
+    """The position from which on the adapter computes; the base alone computes those before it."""
     num_virtual_tokens: int = 0
     """How many positions the adapter's prefix takes, before those of `token_ids`."""
     num_computed_tokens: int = 0
@@ -48,15 +56,21 @@ class Sequence:
     def from_submit(cls, message: Submit, arrival: float) -> "Sequence":
         """Start a sequence; without a seed of the client's it draws its own, so that a preemption repeats nothing."""
         seed = message.sampling.seed
+        adapter, first_adapted = message.adapter, 0
+        if adapter and adapter.invocation_tokens:
+            first_adapted = find_last(adapter.invocation_tokens, message.prompt_token_ids)
+            if first_adapted < 0:  # nothing calls the adapter
+                adapter, first_adapted = None, 0
         return cls(
             request_id=message.request_id,
             token_ids=list(message.prompt_token_ids),
             num_prompt_tokens=len(message.prompt_token_ids),
             sampling=message.sampling,
             seed=secrets.randbits(63) if seed is None else seed,
-            adapter=message.adapter,
+            adapter=adapter,
             arrival=arrival,
-            num_virtual_tokens=message.adapter.num_virtual_tokens if message.adapter else 0,
+            first_adapted=first_adapted,
+            num_virtual_tokens=adapter.num_virtual_tokens if adapter else 0,
         )
 
     @property

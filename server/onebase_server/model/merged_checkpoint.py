@@ -80,7 +80,7 @@ def export_merged(
         ConfigurationError: `output` exists, or the base's directory, configuration or tensors are not what is carried.
         UnsupportedAdapter: the adapter does more to a linear than to add an update.
     """
-    adapter.require_no_epilogues()
+    adapter.require_exportable()
     if output.exists():
         raise ConfigurationError(f"{output} already exists; choose another directory or remove it first.")
     merger = _Merger(base, adapter, form)
