@@ -8,9 +8,10 @@ Everything is chosen before the first request; nothing is tuned while serving.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -21,12 +22,15 @@ from onebase_kernels.nf4 import BLOCK_SIZE
 MAX_FUSED_ROWS = 256
 """Rows of x beyond which dequantising the weights once costs less than decoding them for every tile of rows."""
 
+PLAN_FOLDER = Path(__file__).parent / "plans"
+"""Where plan files lie."""
+
 _BLOCK_M = (16, 32, 64, 128)
 _BLOCK_N = (64, 128)
 _WARPS = (4, 8)
 _UNROLL = (1, 2, 4)
-_FOLDER = Path(__file__).parent / "plans"
 _MIN_BLOCKS = 4  # of a split
+_MOST_PROGRAMS = 8  # for a processor, of a plan that is measured
 _INTERPRETER_PROCESSORS = 4
 
 
@@ -82,7 +86,7 @@ def block_m_of(rows: int) -> int:
 def plan_for(rows: int, n: int, k: int, device: torch.device) -> Plan:
     """The plan for x [rows, k] and weights [n, k]: measured on this GPU, or the rule of thumb."""
     measured = measured_plans(device).get((n, k, block_m_of(rows)))
-    return measured or default_plan(rows, n, k, _processors(device))
+    return measured or default_plan(rows, n, k, processors_of(device))
 
 
 def default_plan(rows: int, n: int, k: int, processors: int) -> Plan:
@@ -103,13 +107,27 @@ def default_plan(rows: int, n: int, k: int, processors: int) -> Plan:
     return Plan(block_m, block_n, splits, unroll, num_warps=8 if block_n == 128 and block_m >= 64 else 4)
 
 
+def candidate_plans(rows: int, n: int, k: int, processors: int) -> Iterator[Plan]:
+    """The plans that are worth measuring: they give the GPU's processors a program each at least, eight at most."""
+    blocks = k // BLOCK_SIZE
+    tiles_m = -(-rows // block_m_of(rows))
+    for block_n, num_warps, splits, unroll in product(_BLOCK_N, _WARPS, range(1, blocks + 1), _UNROLL):
+        plan = Plan(block_m_of(rows), block_n, splits, unroll, num_warps)
+        try:
+            plan.check(n, k)
+        except InvalidPlan:
+            continue
+        if processors <= n // block_n * tiles_m * splits <= _MOST_PROGRAMS * processors:
+            yield plan
+
+
 @cache
 def measured_plans(device: torch.device) -> PlanTable:
     """The plans of the files for this GPU and this version of Triton."""
     if device.type != "cuda":
         return {}
     gpu, version = torch.cuda.get_device_name(device), triton.__version__
-    tables = [read_plans(path, gpu, version) for path in sorted(_FOLDER.glob("*.json"))]
+    tables = [read_plans(path, gpu, version) for path in sorted(PLAN_FOLDER.glob("*.json"))]
     return {key: plan for table in tables for key, plan in table.items()}
 
 
@@ -146,7 +164,8 @@ def _parse(entry: object) -> tuple[int, int, Plan]:
     return n, k, Plan(*rest)
 
 
-def _processors(device: torch.device) -> int:
+def processors_of(device: torch.device) -> int:
+    """How many streaming multiprocessors the GPU has."""
     if device.type != "cuda":
         return _INTERPRETER_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count

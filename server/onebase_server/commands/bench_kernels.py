@@ -1,14 +1,20 @@
 """`onebase bench kernels`; as `python -m onebase_server.commands.bench_kernels` it needs no package of the server's."""
 
+import json
 from itertools import groupby
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from onebase_server.bench.kernels.options import KernelOptions, read_config
 from onebase_server.commands.bench_results import DEFAULT_OUTPUT, OutputOption, console, new_file, require_extra
 from onebase_server.commands.model_flags import read_flags, with_flags
+from onebase_server.errors import ConfigurationError
 from onebase_server.progress import step_progress
+
+if TYPE_CHECKING:
+    from onebase_server.bench.kernels.workbench import Workbench
 
 
 @with_flags(KernelOptions)
@@ -30,6 +36,9 @@ def kernels(output: OutputOption = DEFAULT_OUTPUT, **flags: Any) -> None:
     cases = list_cases(config, options.ops)
     machine = describe_machine()
     bench = set_up(config, options, resolve_device(options.device))
+    if options.tune:
+        _tune(bench, output)
+        return
     rooflines = rooflines_of(bench)
     with step_progress("Trials") as on_progress:
         trials = measure_cases(bench, cases, rooflines, on_progress)
@@ -44,6 +53,20 @@ def kernels(output: OutputOption = DEFAULT_OUTPUT, **flags: Any) -> None:
     for op, of_op in groupby(trials, key=lambda trial: trial.op):
         plots.plot_op(path.with_name(f"{path.stem}-{op.strip('_')}.png"), list(of_op), rooflines)
     console.print(f"Written: {path} and a .png for each op")
+
+
+def _tune(bench: "Workbench", output: Path) -> None:
+    if bench.backend != "triton":
+        raise ConfigurationError(f"--tune is for the kernels `triton`, and `{bench.backend}` would compute.")
+    from onebase_kernels.triton.plans import PLAN_FOLDER
+    from onebase_server.bench.kernels import tuning
+
+    with step_progress("Shapes") as on_progress:
+        tuned = tuning.tune(bench, on_progress)
+    console.print(tuning.tuning_table(tuned))
+    path = new_file(output, "plans")
+    path.write_text(json.dumps(tuning.plan_file(bench, tuned), indent=2) + "\n")
+    console.print(f"Written: {path}; in {PLAN_FOLDER} it is what serving goes by")
 
 
 if __name__ == "__main__":

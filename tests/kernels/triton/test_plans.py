@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from onebase_kernels.triton.plans import InvalidPlan, Plan, block_m_of, default_plan, read_plans
+from onebase_kernels.triton.plans import InvalidPlan, Plan, block_m_of, candidate_plans, default_plan, read_plans
 
 GPU, TRITON = "NVIDIA H200", "3.6.0"
 PLAN = Plan(block_m=16, block_n=128, splits=4, unroll=2, num_warps=4)
@@ -64,6 +64,16 @@ def test_the_rule_of_thumb_fits_every_shape(rows: int, n: int, k: int) -> None:
     plan = default_plan(rows, n, k, processors=132)
     plan.check(n, k)
     assert plan.block_m == block_m_of(rows)
+
+
+@pytest.mark.parametrize("rows", [1, 20, 64, 256])
+@pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)])
+def test_the_plans_to_measure_are_few_and_the_rule_of_thumb_is_among_them(rows: int, n: int, k: int) -> None:
+    candidates = list(candidate_plans(rows, n, k, processors=132))
+    for plan in candidates:
+        plan.check(n, k)
+    assert default_plan(rows, n, k, processors=132) in candidates
+    assert len(set(candidates)) == len(candidates) < 60
 
 
 @pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)])

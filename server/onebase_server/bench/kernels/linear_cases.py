@@ -28,7 +28,7 @@ LOGIT_BYTES = 4
 def nf4_linear(group: ProjectionGroup, bench: Workbench) -> Iterator[Trial]:
     """The products of a projection group with its weights in NF4."""
     backends = bench.rivals("reference", "bitsandbytes")
-    weights = _nf4_copies(bench, backends, group.widths, group.in_features)
+    weights = nf4_copies(bench, backends, group.widths, group.in_features)
     for rows in bench.options.rows:
         x = bench.random(rows, group.in_features)
         yield Trial(
@@ -113,7 +113,7 @@ def head_logits(bench: Workbench) -> Iterator[Trial]:
 def nf4_head_logits(bench: Workbench) -> Iterator[Trial]:
     """The same with the head in NF4."""
     vocab, hidden = bench.config.vocab_size, bench.config.hidden_size
-    weights = _nf4_copies(bench, bench.rivals("reference"), [vocab], hidden, per_step=1)
+    weights = nf4_copies(bench, bench.rivals("reference"), [vocab], hidden, per_step=1)
     for rows in bench.options.rows:
         x = bench.random(rows, hidden)
         yield Trial(
@@ -128,7 +128,7 @@ def nf4_head_logits(bench: Workbench) -> Iterator[Trial]:
 
 
 @dataclass(frozen=True)
-class _Nf4Copies:
+class Nf4Copies:
     """A group's weights as each contender wants them, in copies that take turns."""
 
     nbytes: int
@@ -137,14 +137,14 @@ class _Nf4Copies:
     dense: list[Tensor]
 
 
-def _nf4_copies(
+def nf4_copies(
     bench: Workbench,
     backends: Sequence[BackendName],
     widths: Sequence[int],
     in_features: int,
     *,
     per_step: int | None = None,
-) -> _Nf4Copies:
+) -> Nf4Copies:
     """Random weights [Nᵢ, K], of which a step uses `per_step`, by default one for each layer."""
     weights = [kernels.quantize_nf4(bench.random(width, in_features)) for width in widths]
     dense = bench.random(sum(widths), in_features)
@@ -153,7 +153,7 @@ def _nf4_copies(
         nbytes, per_step=per_step or bench.config.num_layers, held=len(backends) * nbytes + dense.nbytes
     )
     packed = {backend: _pack_copies(weights, count, backend) for backend in backends}
-    return _Nf4Copies(nbytes, packed, _copies(dense, count))
+    return Nf4Copies(nbytes, packed, _copies(dense, count))
 
 
 def _each(op: Callable[..., object], x: Tensor, weights: Sequence[object]) -> list[Call]:

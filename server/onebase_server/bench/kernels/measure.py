@@ -59,7 +59,7 @@ def set_up(config: ModelConfig, options: KernelOptions, device: torch.device) ->
 
 def rooflines_of(bench: Workbench) -> Rooflines:
     """Those of its device; nothing is measured yet."""
-    clock, _ = _how_to_time(bench)
+    clock, _ = how_to_time(bench)
     return Rooflines(bench.device, bench.cache_bytes, bench.free_bytes, clock)
 
 
@@ -91,11 +91,12 @@ def _measure(bench: Workbench, trial: Trial) -> TimedTrial:
         trial.rows,
         trial.work,
         trial.working_set,
-        timing.time_interleaved(trial.contenders, trial.steps, bench.options.repeats, *_how_to_time(bench)),
+        timing.time_interleaved(trial.contenders, trial.steps, bench.options.repeats, *how_to_time(bench)),
     )
 
 
-def _how_to_time(bench: Workbench) -> tuple[Clock, MakeBurst]:
+def how_to_time(bench: Workbench) -> tuple[Clock, MakeBurst]:
+    """With which clock, and how calls are put together."""
     if bench.device.type == "cuda":
         return cuda_timing.event_clock, cuda_timing.make_burst
     return timing.wall_clock, timing.make_burst

@@ -60,6 +60,9 @@ class KernelOptions(BaseModel):
     threads: int | None = Field(None, ge=1, description="CPU threads; by default all cores.")
 
     # how often
+    tune: bool = Field(
+        False, description="Instead find out how the Triton product with NF4 is best cut, and write a plan file."
+    )
     repeats: int = Field(7, ge=1, description="Measurements of each op; medians over them are reported.")
     seed: int = Field(0, ge=0, description="Of the random operands.")
 

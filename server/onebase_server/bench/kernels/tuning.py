@@ -1,0 +1,90 @@
+"""How the fused NF4 product is best cut on this GPU: every plan that could be good is timed, and the fastest kept.
+
+What is found goes to a plan file, which `onebase_kernels.triton.plans` describes; nothing is tuned while serving.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import triton
+from rich.table import Table
+
+from onebase_kernels.triton.nf4_linear import fused_linear
+from onebase_kernels.triton.nf4_packing import FragmentNf4
+from onebase_kernels.triton.plans import Plan, block_m_of, candidate_plans, plan_for, processors_of
+from onebase_server.bench.kernels import timing
+from onebase_server.bench.kernels.contenders import regardless_of_step
+from onebase_server.bench.kernels.linear_cases import nf4_copies
+from onebase_server.bench.kernels.measure import how_to_time
+from onebase_server.bench.kernels.trial import Contender
+from onebase_server.bench.kernels.workbench import Workbench
+from onebase_server.model.config import ProjectionGroup
+from onebase_server.progress import OnProgress
+
+
+@dataclass(frozen=True)
+class TunedPlan:
+    """The fastest plan for x [block_m, k] and weights [n, k]; times are seconds per call."""
+
+    n: int
+    k: int
+    plan: Plan
+    seconds: float
+    seconds_before: float
+    """With the plan that would have been taken without this measurement."""
+
+
+@torch.inference_mode()
+def tune(bench: Workbench, on_progress: OnProgress) -> list[TunedPlan]:
+    """Measure the projection groups, for the tiles that hold each of the workbench's rows."""
+    tiles = sorted({block_m_of(rows) for rows in bench.options.rows})
+    tuned: list[TunedPlan] = []
+    groups = bench.config.projection_groups
+    for index, group in enumerate(groups):
+        on_progress(index, len(groups))
+        copies = nf4_copies(bench, ("triton",), group.widths, group.in_features).packed["triton"]
+        weights = [packed for packed in copies if isinstance(packed, FragmentNf4)]  # all, or none if it has odd shapes
+        if weights:
+            tuned += [_tune(bench, group, weights, block_m) for block_m in tiles]
+    on_progress(len(groups), len(groups))
+    return tuned
+
+
+def _tune(bench: Workbench, group: ProjectionGroup, weights: Sequence[FragmentNf4], block_m: int) -> TunedPlan:
+    n, k = sum(group.widths), group.in_features
+    x = bench.random(block_m, k)
+    before = plan_for(block_m, n, k, bench.device)
+    contenders = {
+        plan: Contender(str(plan), [regardless_of_step(fused_linear, x, packed, None, plan) for packed in weights])
+        for plan in {before: None, **dict.fromkeys(candidate_plans(block_m, n, k, processors_of(bench.device)))}
+    }
+    timings = timing.time_interleaved(
+        list(contenders.values()), [bench.step(block_m)], bench.options.repeats, *how_to_time(bench)
+    )
+    best = min(contenders, key=lambda plan: timings[str(plan)].median)
+    return TunedPlan(n, k, best, timings[str(best)].median, timings[str(before)].median)
+
+
+def plan_file(bench: Workbench, tuned: Sequence[TunedPlan]) -> dict[str, Any]:
+    """What to write, for this GPU and this version of Triton."""
+    is_gpu = bench.device.type == "cuda"
+    return {
+        "gpu": torch.cuda.get_device_name(bench.device) if is_gpu else bench.device.type,
+        "triton": ".".join(triton.__version__.split(".")[:2]),
+        "plans": [{"n": one.n, "k": one.k, **asdict(one.plan)} for one in tuned],
+    }
+
+
+def tuning_table(tuned: Sequence[TunedPlan]) -> Table:
+    """A line for each shape."""
+    table = Table(title="The fused NF4 product, best cut", title_justify="left")
+    for heading in ("outputs", "inputs", "rows", "outputs of a tile", "splits", "unroll", "warps", "µs", "before"):
+        table.add_column(heading, justify="right")
+    for one in tuned:
+        plan = one.plan
+        numbers = (one.n, one.k, plan.block_m, plan.block_n, plan.splits, plan.unroll, plan.num_warps)
+        times = (f"{1e6 * one.seconds:,.1f}", f"{1e6 * one.seconds_before:,.1f}")
+        table.add_row(*map(str, numbers), *times)
+    return table
