@@ -196,15 +196,14 @@ class DecodeGraphs:
 def prefill_steps(largest: StepInputs) -> Iterator[StepInputs]:
     """Steps that between them use all kernels of prefill, and so have them compiled; they write nothing anywhere.
 
-    Each has a request that decodes, and one with all other tokens, under an adapter of rank 0.
+    Each has a request of one token, and one of all other tokens, under an adapter of rank 0.
     """
     lora, device = largest.lora, largest.lora.arena.device
     longest = max(largest.attention.context_lens)
     max_blocks = largest.attention.block_tables.shape[1]
     nobody = torch.zeros(lora.table.shape[0], 1, lora.table.shape[2], dtype=lora.table.dtype, device=device)
-    for tokens in _PREFILL_TOKENS:
-        if tokens > min(len(largest.token_ids), longest):
-            return
+    most = min(len(largest.token_ids), longest)
+    for tokens in sorted({most, *(size for size in _PREFILL_TOKENS if size < most)}):
         numbers = torch.zeros(tokens, dtype=torch.int64, device=device)
         segments = (Segment(0, 0, 1), Segment(0, 1, tokens))
         for context_len in sorted({tokens, longest}):

@@ -131,7 +131,8 @@ def test_steps_that_compile_prefill_write_nothing() -> None:
     before = [cache.clone() for cache in (recorded.model.k_caches, recorded.model.v_caches)]
     largest = recorded.model.step([0] * 20, [32, 32], [list(range(BLOCKS))] * 2, query_lens=[1, 19])
     steps = list(graphs.prefill_steps(largest))
-    assert [(len(step.token_ids), step.attention.context_lens[1]) for step in steps] == [(16, 16), (16, 32)]
+    sizes = [(len(step.token_ids), step.attention.context_lens[1]) for step in steps]
+    assert sizes == [(16, 16), (16, 32), (20, 20), (20, 32)]
     for step in steps:
         recorded.model.forward(step)
     for cache, copy in zip((recorded.model.k_caches, recorded.model.v_caches), before, strict=True):
