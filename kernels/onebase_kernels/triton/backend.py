@@ -1,5 +1,6 @@
 """The ops on Triton kernels: what they do not carry (odd shapes, views with gaps) goes to the torch versions."""
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -27,10 +28,14 @@ def pack_nf4(weights: Sequence[Nf4Weight]) -> PackedNf4:
 
 
 def record(forward: Callable[[StepInputs], Tensor], largest: StepInputs) -> Callable[[StepInputs], Tensor]:
-    """As `reference.record`: steps in which all requests decode become CUDA graphs, for all sizes here and now."""
+    """As `reference.record`: steps in which all requests decode become CUDA graphs, for all sizes here and now.
+
+    Where an op does not let them, there is a warning, and all steps are computed op by op.
+    """
     try:
         return DecodeGraphs(forward, largest)
-    except NotCapturable:
+    except NotCapturable as error:
+        warnings.warn(f"There are no CUDA graphs for this model, and decoding is slower: {error}", stacklevel=2)
         return reference.record(forward, largest)
 
 

@@ -33,7 +33,7 @@ _NOWHERE = -1  # the slot of a row that only fills up: of the KV cache, or of th
 
 
 class NotCapturable(Exception):
-    """A step cannot become a graph: an op would have to know on the host what only the device knows."""
+    """A step cannot become a graph: an op asks the host for what only the device knows, or waits for the device."""
 
 
 def check_known_on_host(batch: AttentionBatch | LoraBatch) -> None:
@@ -126,6 +126,17 @@ class DecodeStep:
         inputs = StepInputs(self._device.token_ids, self._device.positions, batch, lora)
         self._run: Callable[[], Tensor] = partial(forward, inputs)
 
+    def check_never_waits(self) -> None:
+        """Raise NotCapturable if an op waits for the device, which would spoil a capture."""
+        self._run()  # what is set up by the first call may wait
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self._run()
+        except RuntimeError as error:
+            raise NotCapturable(str(error)) from error
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
     def capture(self, pool: object) -> None:
         """Make a CUDA graph of it, in the memory of `pool`."""
         self._run = CapturedGraph(self._run, pool)
@@ -159,7 +170,7 @@ class DecodeGraphs:
     def __init__(self, forward: Callable[[StepInputs], Tensor], largest: StepInputs) -> None:
         """Capture all sizes up to `largest`, which `reference.record` describes, and compile what prefill needs.
 
-        Raises NotCapturable if `forward` needs to know on the host what is in a step.
+        Raises NotCapturable if an op of `forward` asks the host what is in a step, or waits for the device.
         """
         self._forward = forward
         self._device = largest.lora.arena.device
@@ -173,6 +184,7 @@ class DecodeGraphs:
         if self._device.type == "cuda":
             for prefill in prefill_steps(largest):
                 forward(prefill)
+            self._steps[self._buckets[-1], True].check_never_waits()
             pool = torch.cuda.graph_pool_handle()
             for step in self._steps.values():  # the largest first, whose memory the others find free again
                 step.capture(pool)

@@ -147,6 +147,20 @@ def test_what_only_the_device_knows_never_reaches_an_op_that_asks_the_host() -> 
         DecodeGraphs(model.forward, model.largest_step())(step)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_a_forward_that_waits_for_the_device_is_computed_op_by_op() -> None:
+    model = SmallModel()
+
+    def forward(inputs: StepInputs) -> Tensor:
+        inputs.token_ids.max().item()
+        return model.forward(inputs)
+
+    with pytest.warns(UserWarning, match="There are no CUDA graphs for this model"):
+        recorded = kernels.record(forward, model.largest_step())
+    step = model.step([9], [1], [[3]])
+    torch.testing.assert_close(recorded(step), model.forward(step))
+
+
 def test_a_step_may_lie_on_the_host() -> None:
     recorded = Recorded()
     for step in (recorded.decode(2), recorded.model.step([1, 2], [2], [[6]], query_lens=[2])):
