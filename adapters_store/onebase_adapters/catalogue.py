@@ -316,8 +316,8 @@ class Catalogue:
     def _check_base(self, layout: BaseLayout | None, base_name: str | None) -> None:
         if self._meta("schema_version") != str(SCHEMA_VERSION):
             raise StoreError(
-                f"The adapter store was written by another version of Onebase: its schema is {self._meta('schema_version')}, "
-                f"this program's {SCHEMA_VERSION}. Serve it with that version, or give another folder as --store."
+                "The adapter store was written by another version of Onebase: its schema is "
+                f"{self._meta('schema_version')}, this program's {SCHEMA_VERSION}. Serve it with that version, or give another folder as --store."
             )
         if layout is not None and not self._learn_layout(layout):
             raise StoreError(

@@ -51,7 +51,7 @@ def map_tensors(path: Path) -> TensorFile:
     except SafetensorError as error:
         raise InvalidTensors(f"{path.name} is truncated or is not a safetensors file: {error}.") from error
     with path.open("rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch warns of memory that cannot be written to
     (header_size,) = struct.unpack_from("<Q", data)
     start = 8 + header_size
     header = json.loads(data[8:start])

@@ -45,8 +45,15 @@ def test_reading_maps_the_file_instead_of_copying_it(adapter, tmp_path):
     for pair in read_blob(tmp_path / "blob").pairs.values():
         for array in (pair.lora_a, pair.lora_b):
             assert not array.flags.owndata
-            assert not array.flags.writeable
             assert array.flags.aligned
+
+
+def test_what_is_written_to_an_array_never_reaches_the_file(adapter, tmp_path):
+    write_blob(adapter, tmp_path / "blob")
+    before = (tmp_path / "blob").read_bytes()
+    for pair in read_blob(tmp_path / "blob").pairs.values():
+        pair.lora_a[...] = 1
+    assert (tmp_path / "blob").read_bytes() == before
 
 
 def test_arrays_outlive_the_deletion_of_their_file(adapter, tmp_path):

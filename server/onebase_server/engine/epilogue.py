@@ -3,6 +3,7 @@
 What needs the base's weights, DoRA's norms, is computed here once, when an adapter is attached, never in a step.
 """
 
+import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,9 +29,16 @@ def gain_and_shift(epilogue: Epilogue, pair: LowRankPair | None, group: LinearGr
     return torch.stack([factor * ratio - 1, factor * (bias + shift - ratio * base_bias)])
 
 
+def as_tensor(array: Array) -> Tensor:
+    """A mapped array as torch's, without a copy (torch does not know numpy's bfloat16)."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
 def float32(array: Array) -> Tensor:
-    """A torch copy of a mapped array, whatever its dtype (torch does not know numpy's bfloat16)."""
-    return torch.from_numpy(array.astype(np.float32))
+    """A mapped array as torch's, in fp32; not to be written to, for it may be the file's own memory."""
+    return as_tensor(array).float()
 
 
 def _row_norms(weight: Tensor, pair: LowRankPair | None) -> Tensor:

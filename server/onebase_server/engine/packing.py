@@ -11,7 +11,7 @@ from torch import Tensor
 
 from onebase_adapters.adapter import Adapter, LowRankPair, ModuleKey
 from onebase_kernels import TABLE_COLUMNS
-from onebase_server.engine.epilogue import float32, gain_and_shift
+from onebase_server.engine.epilogue import as_tensor, float32, gain_and_shift
 from onebase_server.model.config import ModelConfig
 from onebase_server.model.linear import LinearGroup
 
@@ -60,7 +60,7 @@ def pack_adapter(
                     vectors.append(gain_and_shift(adapter.epilogues[key], pairs[i], place, i))
                     table[layer, index, EPILOGUES] |= 1 << i
             for matrix in (*_matrices([pair for pair in pairs if pair]), *vectors):
-                numbers[end : end + matrix.numel()] = matrix.flatten()
+                numbers[end : end + matrix.numel()].view(matrix.shape).copy_(matrix)
                 end += matrix.numel()
     assert end == numbers.numel(), "all that the adapter has belongs to one of the base's projections"
     return PackedAdapter(numbers, table)
@@ -68,4 +68,4 @@ def pack_adapter(
 
 def _matrices(pairs: list[LowRankPair]) -> list[Tensor]:
     """A group's matrices in the order of the layout; the scale is folded in before rounding to the compute dtype."""
-    return [float32(pair.lora_a) for pair in pairs] + [float32(pair.lora_b).T * pair.scale for pair in pairs]
+    return [as_tensor(pair.lora_a) for pair in pairs] + [float32(pair.lora_b).T * pair.scale for pair in pairs]
