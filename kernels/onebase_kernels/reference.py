@@ -33,12 +33,9 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
     return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
-def allocate_kv(
-    num_layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
-) -> list[tuple[Tensor, Tensor]]:
-    """Each layer's caches of keys and values, not cleared, of shape [blocks, block, Hkv, D] however they lie."""
-    whole = torch.empty((num_layers, 2, *shape), dtype=dtype, device=device)
-    return [(layer[0], layer[1]) for layer in whole]
+def allocate_kv(num_layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """All layers' caches of keys and values, not cleared: [layers, 2, blocks, block, Hkv, D] however they lie."""
+    return torch.empty((num_layers, 2, *shape), dtype=dtype, device=device)
 
 
 def record(forward: Callable[[StepInputs], Tensor], largest: StepInputs) -> Callable[[StepInputs], Tensor]:

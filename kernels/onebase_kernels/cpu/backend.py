@@ -44,9 +44,7 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
     return memory.empty(shape, dtype) if device.type == "cpu" else reference.allocate(shape, dtype, device)
 
 
-def allocate_kv(
-    num_layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
-) -> list[tuple[Tensor, Tensor]]:
+def allocate_kv(num_layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """As `reference.allocate_kv`, in huge pages, block by block and head by head.
 
     What attention reads at a time, a head's keys in a block, then lies side by side, and what all layers have of a
@@ -55,8 +53,8 @@ def allocate_kv(
     blocks, block_size, heads, head_size = shape
     if dtype not in DTYPES or head_size not in _HEAD_SIZES or device.type != "cpu":
         return reference.allocate_kv(num_layers, shape, dtype, device)
-    whole = memory.empty((blocks, num_layers, 2, heads, block_size, head_size), dtype).transpose(3, 4)
-    return [(whole[:, layer, 0], whole[:, layer, 1]) for layer in range(num_layers)]
+    whole = memory.empty((blocks, num_layers, 2, heads, block_size, head_size), dtype)
+    return whole.permute(1, 2, 0, 4, 3, 5)
 
 
 def record(forward: Callable[[StepInputs], Tensor], largest: StepInputs) -> Callable[[StepInputs], Tensor]:

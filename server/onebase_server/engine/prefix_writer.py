@@ -62,9 +62,8 @@ class PrefixWriter:
 
     @torch.inference_mode()
     def copy(self, source: int, target: int) -> None:
-        """Copy a block in all layers."""
-        for cache in (*self._kv_cache.keys, *self._kv_cache.values):
-            cache[target] = cache[source]
+        """Copy what a block holds to another."""
+        self._kv_cache.copy_block(source, target)
 
     def _write_kv(self, rows: Tensor, attention: AttentionBatch) -> None:
         """Rows [tokens, layers, 2, kv width] as they are: heads lie one after another in a row."""

@@ -1,6 +1,7 @@
 """The memory of the paged KV cache: allocated here, handed out by the engine, read and written by the ops."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,25 +12,39 @@ from onebase_server.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class KvCache:
-    """Keys and values of every layer, each `[num_blocks, block_size, num_kv_heads, head_dim]`."""
+    """Keys and values of every layer."""
 
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+    whole: Tensor
+    """`[num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim]`, keys before values."""
+
+    @cached_property
+    def keys(self) -> tuple[Tensor, ...]:
+        """Each layer's, `[num_blocks, block_size, num_kv_heads, head_dim]`."""
+        return self.whole[:, 0].unbind()
+
+    @cached_property
+    def values(self) -> tuple[Tensor, ...]:
+        """Each layer's, as the keys."""
+        return self.whole[:, 1].unbind()
 
     @property
     def num_blocks(self) -> int:
         """How many blocks each layer has."""
-        return self.keys[0].shape[0]
+        return self.whole.shape[2]
 
     @property
     def block_size(self) -> int:
         """How many tokens a block holds."""
-        return self.keys[0].shape[1]
+        return self.whole.shape[3]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all layers together."""
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+        return self.whole.nbytes
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy a block in all layers."""
+        self.whole[:, :, target] = self.whole[:, :, source]
 
 
 def kv_bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -42,5 +57,4 @@ def allocate_kv_cache(
 ) -> KvCache:
     """Memory for `num_blocks` blocks, not cleared: no op reads what was not written, and such a page costs none."""
     shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
-    keys, values = zip(*kernels.allocate_kv(config.num_layers, shape, dtype, device), strict=True)
-    return KvCache(keys=keys, values=values)
+    return KvCache(kernels.allocate_kv(config.num_layers, shape, dtype, device))
