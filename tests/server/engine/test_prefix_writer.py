@@ -29,6 +29,16 @@ FAMILIES = {
     "mistral": {"sliding_window": 6},  # the first virtual tokens are soon out of sight
     "qwen2": {},
     "qwen3": {"head_dim": 32},
+    "gemma2": {"sliding_window": 6, "attn_logit_softcapping": 3.0},
+    "gemma3_text": {
+        "sliding_window": 6,
+        "sliding_window_pattern": 3,
+    },  # does not scale virtual tokens as it does others
+    "phi3": {"partial_rotary_factor": 0.75},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "granite": {"embedding_multiplier": 3.0},  # scales virtual tokens too
+    "olmo2": {},
+    "stablelm": {"use_parallel_residual": True},
 }
 KINDS = {
     "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=7),
