@@ -32,9 +32,13 @@ def hash_root(adapter_digest: str | None) -> bytes:
     return hashlib.blake2b((adapter_digest or "").encode(), digest_size=16, person=b"onebase prefix").digest()
 
 
-def hash_activation(parent: bytes, adapter_digest: str | None) -> bytes:
-    """The parent of the block with the first token that an adapter computes, behind blocks of the base."""
-    return hashlib.blake2b(parent + (adapter_digest or "").encode(), digest_size=16, person=b"onebase active").digest()
+def hash_activation(parent: bytes, adapter_digest: str, position: int) -> bytes:
+    """The parent of the block with the first token that an adapter computes, at that position, behind the base's.
+
+    The position does not follow from the tokens: what invokes an adapter once more later on leaves these to the base.
+    """
+    activation = position.to_bytes(8, "little") + adapter_digest.encode()
+    return hashlib.blake2b(parent + activation, digest_size=16, person=b"onebase active").digest()
 
 
 class BlockPool:

@@ -281,10 +281,10 @@ class Scheduler:
         """The first `count` block hashes, computing those that are new."""
         hashes, size = sequence.block_hashes, self.block_pool.block_size
         while len(hashes) < count:
-            start, digest = len(hashes) * size, sequence.adapter_digest
-            parent = hashes[-1] if hashes else hash_root(None if sequence.first_adapted else digest)
-            if sequence.first_adapted and start <= sequence.first_adapted < start + size:
-                parent = hash_activation(parent, digest)
+            start, first = len(hashes) * size, sequence.first_adapted
+            parent = hashes[-1] if hashes else hash_root(None if first else sequence.adapter_digest)
+            if sequence.adapter and first and start <= first < start + size:
+                parent = hash_activation(parent, sequence.adapter.digest, first)
             hashes.append(hash_block(parent, sequence.tokens_at(start, start + size)))
         return hashes[:count]
 
