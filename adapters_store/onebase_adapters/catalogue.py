@@ -317,7 +317,8 @@ class Catalogue:
         if self._meta("schema_version") != str(SCHEMA_VERSION):
             raise StoreError(
                 "The adapter store was written by another version of Onebase: its schema is "
-                f"{self._meta('schema_version')}, this program's {SCHEMA_VERSION}. Serve it with that version, or give another folder as --store."
+                f"{self._meta('schema_version')}, this program's {SCHEMA_VERSION}. "
+                "Serve it with that version, or give another folder as --store."
             )
         if layout is not None and not self._learn_layout(layout):
             raise StoreError(
