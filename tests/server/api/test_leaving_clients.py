@@ -38,7 +38,9 @@ def kill_engine(server) -> None:
 
 async def test_when_the_engine_dies_a_stream_ends_with_an_error_event_and_service_resumes(server, openai):
     restarts = server.metric("onebase_engine_restarts_total")
-    stream = await openai.completions.create(model="tiny", prompt="x", max_tokens=2000, stream=True)
+    stream = await openai.completions.create(
+        model="tiny", prompt="x", max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
+    )
     await anext(stream)
     kill_engine(server)
     with pytest.raises(APIError) as caught:
