@@ -1,6 +1,6 @@
 """A small NF4 base as bitsandbytes quantises it, PEFT adapters on it, and a store that holds them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from onebase_adapters.store import AdapterStore
 from onebase_kernels import BackendName, use_backend
+from onebase_server.api.models import adapter_ref
 from onebase_server.engine.core import Engine
 from onebase_server.engine.request import AdapterRef
 from onebase_server.model.config import ModelConfig
@@ -30,6 +31,19 @@ from onebase_server.model.weights import load_decoder
 from onebase_server.settings import EngineSettings
 
 VOCAB = 256
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.15,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+"""Sizes of a random base whose logits are far apart."""
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "rank4": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
@@ -107,18 +121,7 @@ def reference_kernels_afterwards() -> Iterator[None]:
 def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama whose logits are far apart, saved unquantised in fp32."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.15,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
+    config = LlamaConfig(**SMALL | {"intermediate_size": 256, "num_hidden_layers": 3, "max_position_embeddings": 256})
     directory = tmp_path_factory.mktemp("small") / "base"
     LlamaForCausalLM(config).save_pretrained(directory)
     return directory
@@ -127,7 +130,7 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def oracle(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     """NF4 bases with double quantisation, with all of ADAPTERS and PREFIXES, each saved by PEFT."""
-    lora = _lora_model(load_nf4(small_base))
+    lora = lora_model(load_nf4(small_base), {**ADAPTERS, NEXT_RANK8: ADAPTERS["rank8"]})
     models = dict.fromkeys((*ADAPTERS, NEXT_RANK8), lora)
     base = load_nf4(small_base)  # PEFT puts no prefix before a model that has LoRA
     torch.manual_seed(2)
@@ -156,10 +159,10 @@ def load_nf4(directory: Path) -> PreTrainedModel:
     return model
 
 
-def _lora_model(base: PreTrainedModel) -> PeftModel:
-    """The base with all of ADAPTERS and the next version of one."""
+def lora_model(base: PreTrainedModel, adapters: Mapping[str, Mapping[str, Any]]) -> PeftModel:
+    """The base with LoRA adapters of these options, by name, their numbers random."""
     model: PeftModel | None = None
-    for name, options in {**ADAPTERS, NEXT_RANK8: ADAPTERS["rank8"]}.items():
+    for name, options in adapters.items():
         config = LoraConfig(task_type="CAUSAL_LM", **options)
         if model is None:
             model = get_peft_model(base, config, adapter_name=name)
@@ -214,10 +217,4 @@ def adapters(oracle: Oracle, store: AdapterStore) -> dict[str, AdapterRef]:
 def publish(store: AdapterStore, name: str, directory: Path) -> AdapterRef:
     """Publish a PEFT directory; how a request refers to the version that this made."""
     version = store.publish(name, directory)
-    return AdapterRef.of_version(
-        digest=version.digest,
-        path=str(store.blob_path(version.digest)),
-        label=version.label,
-        num_virtual_tokens=version.num_virtual_tokens,
-        invocation_tokens=version.invocation_tokens,
-    )
+    return adapter_ref(store, version)

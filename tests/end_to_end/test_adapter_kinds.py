@@ -26,7 +26,7 @@ from onebase_server.model.config import ModelConfig
 from onebase_server.model.weights import load_decoder
 from onebase_server.settings import EngineSettings
 
-from .conftest import VOCAB, Oracle, load_nf4, publish
+from .conftest import SMALL, Oracle, load_nf4, publish
 from .test_mixed_batch import assert_like_oracle, prompt_of, run, submit
 
 ATTENTION_AND_DOWN = ["q_proj", "k_proj", "o_proj", "down_proj"]
@@ -79,19 +79,7 @@ FUSED_KINDS: dict[str, Callable[[], PeftConfig]] = {
 def biased_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen2, whose q, k and v have biases, saved unquantised in fp32."""
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.15,
-        bos_token_id=0,
-        eos_token_id=1,
-        tie_word_embeddings=False,
-    )
+    config = Qwen2Config(**SMALL, tie_word_embeddings=False)
     model = Qwen2ForCausalLM(config)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -212,20 +200,7 @@ def test_vectors_of_fused_linears_are_divided_as_their_outputs_are(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     torch.manual_seed(0)
-    config = Phi3Config(
-        vocab_size=VOCAB,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.15,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    Phi3ForCausalLM(config).save_pretrained(tmp_path / "base")
+    Phi3ForCausalLM(Phi3Config(**SMALL, pad_token_id=0)).save_pretrained(tmp_path / "base")
     oracle = Oracle(save_kinds(FUSED_KINDS, tmp_path / "base", tmp_path), tmp_path)
     engine = start_engine(tmp_path / "base", tmp_path_factory)
     layout = ModelConfig.from_directory(tmp_path / "base").adapter_layout()

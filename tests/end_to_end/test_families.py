@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -16,7 +16,7 @@ from onebase_server.engine.core import Engine
 from onebase_server.model.weights import load_decoder
 from onebase_server.settings import EngineSettings
 
-from .conftest import VOCAB, Oracle, publish, randomise
+from .conftest import VOCAB, Oracle, lora_model, publish
 from .test_mixed_batch import assert_like_oracle, run, submit
 
 TINY = {
@@ -77,25 +77,13 @@ def family_oracle(request: pytest.FixtureRequest, tmp_path: Path) -> Oracle:
     base = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     round_linears_to_nf4(base)
     base.save_pretrained(tmp_path / "base")
-    models = dict.fromkeys(LORAS, lora_model(base)) | {"prompt": prompt_model(tmp_path / "base")}
+    targets = ATTENTION if base.config.model_type in MIXTURES else "all-linear"
+    loras = lora_model(base, {name: {"target_modules": targets, **options} for name, options in LORAS.items()})
+    models = dict.fromkeys(LORAS, loras) | {"prompt": prompt_model(tmp_path / "base")}
     for model in dict.fromkeys(models.values()):
         model.save_pretrained(tmp_path / "adapters")
         model.eval()
     return Oracle(models, tmp_path / "adapters")
-
-
-def lora_model(base: PreTrainedModel) -> PeftModel:
-    model: PeftModel | None = None
-    targets = ATTENTION if base.config.model_type in MIXTURES else "all-linear"
-    for name, options in LORAS.items():
-        lora = LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **options)
-        if model is None:
-            model = get_peft_model(base, lora, adapter_name=name)
-        else:
-            model.add_adapter(name, lora)
-    assert isinstance(model, PeftModel)
-    randomise(model)
-    return model
 
 
 def prompt_model(directory: Path) -> PeftModel:

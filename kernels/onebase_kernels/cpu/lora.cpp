@@ -173,20 +173,12 @@ void add_by_vectors(const LoraGroup<T>& group, const std::vector<Segment>& segme
         const int64_t total_rank = group.total_rank(segment);
         for (int64_t rank = 0; rank < total_rank; rank += RANKS)
             shrinks.push_back({&segment, rank, std::min(rank + RANKS, total_rank), shrunk, total_rank});
-        const T *b = group.b(segment), *epilogue = group.epilogues(segment);
-        int64_t first_rank = 0, first_column = 0;
-        for (int64_t slice = 0; slice < group.num_slices; slice++) {
-            const int64_t rank = group.ranks(segment)[slice], width = group.widths[slice];
-            const bool has_epilogue = group.has_epilogue(segment, slice);
-            for (int64_t column = 0; (rank || has_epilogue) && column < width; column += columns)
-                expands.push_back({&segment, b + column, rank, width, std::min(columns, width - column),
-                                   first_column + column, shrunk + first_rank, total_rank,
-                                   has_epilogue ? epilogue + column : nullptr});
-            if (has_epilogue) epilogue += 2 * width;
-            b += rank * width;
-            first_rank += rank;
-            first_column += width;
-        }
+        group.each_slice(segment, [&](const LoraSlice<T>& slice) {
+            for (int64_t column = 0; column < slice.width; column += columns)
+                expands.push_back({&segment, slice.b + column, slice.rank, slice.width,
+                                   std::min(columns, slice.width - column), slice.first_column + column,
+                                   shrunk + slice.first_rank, total_rank, slice.gain ? slice.gain + column : nullptr});
+        });
         shrunk += (segment.stop - segment.start) * total_rank;
     }
     parallel(int64_t(shrinks.size()), [&](int64_t first, int64_t last) {

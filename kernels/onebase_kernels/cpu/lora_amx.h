@@ -72,20 +72,13 @@ private:
 
     void add_expands(const Segment& segment, int64_t row_tiles, int64_t shrunk) {
         const int64_t total_rank = group_.total_rank(segment);
-        const BFloat16 *b = group_.b(segment), *epilogue = group_.epilogues(segment);
-        int64_t first_rank = 0, y_column = 0;
-        for (int64_t slice = 0; slice < group_.num_slices; slice++) {
-            const int64_t rank = group_.ranks(segment)[slice], width = group_.widths[slice];
-            const bool has_epilogue = group_.has_epilogue(segment, slice);
-            for (int64_t column = 0; (rank || has_epilogue) && column < width; column += LORA_COLUMNS)
-                expands_.push_back({segment, row_tiles, total_rank, shrunk, first_rank, first_rank + rank, b + column, width,
-                                    std::min(LORA_COLUMNS, width - column), y_column + column,
-                                    has_epilogue ? epilogue + column : nullptr});
-            if (has_epilogue) epilogue += 2 * width;
-            b += rank * width;
-            first_rank += rank;
-            y_column += width;
-        }
+        group_.each_slice(segment, [&](const LoraSlice<BFloat16>& slice) {
+            for (int64_t column = 0; column < slice.width; column += LORA_COLUMNS)
+                expands_.push_back({segment, row_tiles, total_rank, shrunk, slice.first_rank,
+                                    slice.first_rank + slice.rank, slice.b + column, slice.width,
+                                    std::min(LORA_COLUMNS, slice.width - column), slice.first_column + column,
+                                    slice.gain ? slice.gain + column : nullptr});
+        });
     }
 
     void divide_ranks() {

@@ -18,6 +18,14 @@ struct AddLora {
     int32_t dtype;
 };
 
+// What a segment's adapter has for one linear of a group.
+template <class T>
+struct LoraSlice {
+    int64_t first_rank, rank, first_column, width;
+    const T* b;     // [rank, width]
+    const T* gain;  // of its epilogue, the shift behind it; null if it has none
+};
+
 template <class T>
 struct LoraGroup {
     const T* x;
@@ -34,15 +42,23 @@ struct LoraGroup {
         return total;
     }
     const T* a(const Segment& segment) const { return arena + table[segment.slot * TABLE_COLUMNS]; }
-    const T* b(const Segment& segment) const { return a(segment) + total_rank(segment) * num_inputs; }
-    bool has_epilogue(const Segment& segment, int64_t slice) const {
-        return ranks(segment)[MOST_SLICES] >> slice & 1;
-    }
-    // The gain, then the shift, of the first slice that has an epilogue; they follow the last slice's B.
-    const T* epilogues(const Segment& segment) const {
-        const T* end = b(segment);
-        for (int64_t i = 0; i < num_slices; i++) end += ranks(segment)[i] * widths[i];
-        return end;
+
+    // Calls `body(slice)` for each slice that the adapter changes. Epilogues follow the last slice's B.
+    template <class Body>
+    void each_slice(const Segment& segment, Body body) const {
+        const T *b = a(segment) + total_rank(segment) * num_inputs, *epilogue = b;
+        for (int64_t i = 0; i < num_slices; i++) epilogue += ranks(segment)[i] * widths[i];
+        int64_t first_rank = 0, first_column = 0;
+        for (int64_t i = 0; i < num_slices; i++) {
+            const int64_t rank = ranks(segment)[i], width = widths[i];
+            const bool has_epilogue = ranks(segment)[MOST_SLICES] >> i & 1;
+            if (rank || has_epilogue)
+                body(LoraSlice<T>{first_rank, rank, first_column, width, b, has_epilogue ? epilogue : nullptr});
+            if (has_epilogue) epilogue += 2 * width;
+            b += rank * width;
+            first_rank += rank;
+            first_column += width;
+        }
     }
 };
 

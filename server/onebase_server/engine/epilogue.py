@@ -3,12 +3,11 @@
 What needs the base's weights, DoRA's norms, is computed here once, when an adapter is attached, never in a step.
 """
 
-import ml_dtypes
-import numpy as np
 import torch
 from torch import Tensor
 
-from onebase_adapters.adapter import Array, Epilogue, LowRankPair
+from onebase_adapters.adapter import Epilogue, LowRankPair
+from onebase_server.model.arrays import float32
 from onebase_server.model.linear import LinearGroup
 
 
@@ -27,18 +26,6 @@ def gain_and_shift(epilogue: Epilogue, pair: LowRankPair | None, group: LinearGr
     bias = base_bias if epilogue.bias is None else float32(epilogue.bias)
     shift = zeros if epilogue.shift is None else float32(epilogue.shift)
     return torch.stack([factor * ratio - 1, factor * (bias + shift - ratio * base_bias)])
-
-
-def as_tensor(array: Array) -> Tensor:
-    """A mapped array as torch's, without a copy (torch does not know numpy's bfloat16)."""
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def float32(array: Array) -> Tensor:
-    """A mapped array as torch's, in fp32; not to be written to, for it may be the file's own memory."""
-    return as_tensor(array).float()
 
 
 def _row_norms(weight: Tensor, pair: LowRankPair | None) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from onebase_adapters.adapter import Adapter, LowRankPair, ModuleKey
 from onebase_kernels import TABLE_COLUMNS
-from onebase_server.engine.epilogue import as_tensor, float32, gain_and_shift
+from onebase_server.engine.epilogue import gain_and_shift
+from onebase_server.model.arrays import as_tensor, float32
 from onebase_server.model.config import ModelConfig
 from onebase_server.model.linear import LinearGroup
 

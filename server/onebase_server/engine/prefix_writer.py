@@ -5,7 +5,6 @@ It decides nothing: which blocks is `prefix_pool`'s choice. All calls but `read`
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from onebase_adapters.adapter import PrefixKV, StoreError
 from onebase_kernels import AttentionBatch, LoraBatch, StepInputs
 from onebase_server.engine.adapter_reading import read_adapter
 from onebase_server.engine.request import AdapterRef
+from onebase_server.model.arrays import as_tensor
 from onebase_server.model.decoder import Decoder
 from onebase_server.model.kv_cache import KvCache
 
@@ -42,7 +42,7 @@ class PrefixWriter:
         prefix = read_adapter(adapter).prefix
         if prefix is None or prefix.num_tokens != adapter.num_virtual_tokens:
             raise StoreError(f"its blob is not a prefix of {adapter.num_virtual_tokens} virtual tokens.")
-        rows = torch.from_numpy(prefix.rows.astype(np.float32)).to(self._decoder.dtype)
+        rows = as_tensor(prefix.rows).to(self._decoder.dtype, copy=True)  # here and now, not while steps wait
         return HostPrefix(rows, isinstance(prefix, PrefixKV))
 
     @torch.inference_mode()

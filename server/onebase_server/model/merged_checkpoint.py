@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from onebase_adapters.adapter import Adapter, LowRankPair, ModuleKey
 from onebase_kernels import Nf4Weight, dequantize_nf4, quantize_nf4
 from onebase_server.errors import ConfigurationError
 from onebase_server.model import bnb_format, names
+from onebase_server.model.arrays import float32
 from onebase_server.model.checkpoint import INDEX_FILE, Checkpoint
 from onebase_server.model.checkpoint_writer import Progress, write_checkpoint
 from onebase_server.model.config import ModelConfig
@@ -180,8 +180,7 @@ def _dense(weight: Tensor | Nf4Weight) -> Tensor:
 
 def _update(pair: LowRankPair) -> Tensor:
     """`s · B A` in fp32, [out, in]."""
-    lora_a, lora_b = (torch.from_numpy(matrix.astype(np.float32)) for matrix in (pair.lora_a, pair.lora_b))
-    return pair.scale * (lora_b @ lora_a)
+    return pair.scale * (float32(pair.lora_b) @ float32(pair.lora_a))
 
 
 def _config_json(base: Path, form: ExportForm) -> dict[str, Any]:
