@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 from msgspec.structs import replace
 
@@ -104,10 +106,18 @@ def _resolve_part(name: str, base_name: str, store: AdapterStore) -> AdapterVers
 
 
 def _require_lora(version: AdapterVersion, store: AdapterStore) -> None:
+    if reason := _why_no_lora(store.blob_path(version.digest)):
+        raise BadRequest(f"{version.label} cannot be part of a combination. {reason}", param="adapter")
+
+
+@lru_cache(maxsize=10_000)
+def _why_no_lora(blob: Path) -> str | None:
+    """Why a blob's adapter is not the sum of low-rank updates alone; its name is its content's, so the answer stays."""
     try:
-        require_lora(read_blob(store.blob_path(version.digest)))
+        require_lora(read_blob(blob))
     except InvalidMerge as error:
-        raise BadRequest(f"{version.label} cannot be part of a combination. {error}", param="adapter") from error
+        return str(error)
+    return None
 
 
 def _hold(version: AdapterVersion, store: AdapterStore, holds: ExitStack, *, param: str) -> None:
