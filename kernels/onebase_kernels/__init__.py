@@ -12,6 +12,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 from onebase_kernels import reference
 from onebase_kernels.backends import BackendName, BackendUnavailable, best_backend, check_backend
 from onebase_kernels.batch import TABLE_COLUMNS, AttentionBatch, LoraBatch, SamplingBatch, Segment, StepInputs
+from onebase_kernels.int4 import Int4Weight, dequantize_int4, quantize_int4
 from onebase_kernels.nf4 import NestedScales, Nf4Group, Nf4Weight, PackedNf4, dequantize_nf4, quantize_nf4
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "AttentionBatch",
     "BackendName",
     "BackendUnavailable",
+    "Int4Weight",
     "LoraBatch",
     "NestedScales",
     "Nf4Group",
@@ -36,6 +38,7 @@ __all__ = [
     "best_backend",
     "choose_tokens",
     "dense_linear",
+    "dequantize_int4",
     "dequantize_nf4",
     "embed",
     "gelu_mul",
@@ -45,6 +48,7 @@ __all__ = [
     "pack_dense",
     "pack_nf4",
     "paged_attention",
+    "quantize_int4",
     "quantize_nf4",
     "record",
     "rms_norm",
