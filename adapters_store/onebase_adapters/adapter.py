@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.generic]
 
+ALIGNMENT = 16
+"""Numbers in a whole vector of the processor."""
+
 
 class ModuleKey(NamedTuple):
     """One linear of the base: a decoder layer and a projection in it, e.g. `(3, "q_proj")`."""
@@ -100,14 +103,69 @@ class VirtualTokens(Prefix):
     embeddings of the first tokens would."""
 
 
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """The vectors of some tokens, in place of the base's."""
+
+    tokens: NDArray[np.int64]
+    """Shape [n], ascending."""
+    vectors: Array
+    """Shape [n, hidden]; float32, float16 or bfloat16 (ml_dtypes)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenMatrix:
+    """What becomes of a matrix with a vector for each token, the embedding or the head: first its rows are replaced,
+    then the pair is added."""
+
+    rows: TokenRows | None = None
+    pair: LowRankPair | None = None
+    """From tokens to hidden states in the embedding, from hidden states to tokens in the head."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What becomes of the base's tokens."""
+
+    embedding: TokenMatrix = field(default_factory=TokenMatrix)
+    head: TokenMatrix = field(default_factory=TokenMatrix)
+    """Where it is tied to the embedding, its rows are the embedding's, the same object, and lie in memory once."""
+    size: int | None = None
+    """How many tokens there are, if not as many as the base has; the embedding has a row for each that is added. Tokens
+    that are added and have no row in the head are never sampled."""
+
+    def __str__(self) -> str:
+        return " and ".join(self.matrices) or "the vocabulary"
+
+    @property
+    def matrices(self) -> dict[str, TokenMatrix]:
+        """Those that change, by their modules' names."""
+        named = (("embed_tokens", self.embedding), ("lm_head", self.head))
+        return {name: matrix for name, matrix in named if matrix.rows or matrix.pair}
+
+    @property
+    def has_tied_rows(self) -> bool:
+        """Whether embedding and head have the same rows."""
+        return self.head.rows is not None and self.head.rows is self.embedding.rows
+
+    @property
+    def arrays(self) -> list[Array]:
+        """All numbers, each once."""
+        rows = [self.embedding.rows, None if self.has_tied_rows else self.head.rows]
+        pairs = [self.embedding.pair, self.head.pair]
+        matrices = [matrix for pair in pairs if pair for matrix in (pair.lora_a, pair.lora_b)]
+        return [*(part.vectors for part in rows if part), *matrices]
+
+
 @dataclass(frozen=True)
 class Adapter:
-    """A customer's difference from the base: for each linear that it touches a low-rank pair, an epilogue or both; or a
-    prefix."""
+    """A customer's difference from the base: for each linear that it touches a low-rank pair, an epilogue or both, and
+    what becomes of the vocabulary; or a prefix."""
 
     pairs: Mapping[ModuleKey, LowRankPair] = field(repr=False)
     epilogues: Mapping[ModuleKey, Epilogue] = field(default_factory=dict, repr=False)
     prefix: Prefix | None = field(default=None, repr=False)
+    vocabulary: Vocabulary | None = field(default=None, repr=False)
     invocation_tokens: tuple[int, ...] = ()
     """Of aLoRA (arXiv 2504.12397): from their last occurrence in a prompt on the adapter computes, before them the base
     alone, as it does for a prompt without them. Empty where the adapter computes everything."""
@@ -123,6 +181,8 @@ class Adapter:
                 "The adapter is an aLoRA, which computes behind its invocation tokens alone, so it can be served, but "
                 "not exported."
             )
+        if self.vocabulary:
+            raise UnsupportedAdapter(f"The adapter changes {self.vocabulary}, so it can be served, but not exported.")
         if self.epilogues:
             raise UnsupportedAdapter(
                 f"The adapter does more to {next(iter(self.epilogues))} than to add a low-rank update (DoRA, (IA)³, "
@@ -132,7 +192,14 @@ class Adapter:
     @cached_property
     def rank(self) -> int:
         """The largest rank of any pair; 0 without pairs."""
-        return max((pair.rank for pair in self.pairs.values()), default=0)
+        matrices = self.vocabulary.matrices.values() if self.vocabulary else ()
+        outer = [matrix.pair.rank for matrix in matrices if matrix.pair]
+        return max((*outer, *(pair.rank for pair in self.pairs.values())), default=0)
+
+    @property
+    def vocab_size(self) -> int | None:
+        """How many tokens the adapter has; None for as many as the base."""
+        return self.vocabulary.size if self.vocabulary else None
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -141,25 +208,31 @@ class Adapter:
 
     @cached_property
     def targets(self) -> tuple[str, ...]:
-        """The projections touched in at least one layer, sorted."""
-        return tuple(sorted({key.projection for key in (*self.pairs, *self.epilogues)}))
+        """The projections touched in at least one layer, and the matrices outside of them; sorted."""
+        outer = self.vocabulary.matrices if self.vocabulary else ()
+        return tuple(sorted({*(key.projection for key in (*self.pairs, *self.epilogues)), *outer}))
 
     @cached_property
     def nbytes(self) -> int:
         """Bytes of all numbers as stored."""
         prefix = self.prefix.rows.nbytes if self.prefix else 0
         vectors = [vector for epilogue in self.epilogues.values() for vector in epilogue.vectors.values()]
-        return prefix + sum(pair.nbytes for pair in self.pairs.values()) + sum(vector.nbytes for vector in vectors)
+        outer = self.vocabulary.arrays if self.vocabulary else []
+        pairs = sum(pair.nbytes for pair in self.pairs.values())
+        return prefix + pairs + sum(array.nbytes for array in (*vectors, *outer))
 
     @cached_property
     def num_parameters(self) -> int:
-        """How many numbers it is on the device; times the compute dtype's size, this is what pairs and epilogues cost.
+        """How many numbers it is on the device; times the compute dtype's size, this is what it costs there.
 
-        An epilogue becomes two vectors there, whatever it has.
+        An epilogue becomes two vectors, whatever it has. What is outside of the layers is filled up to whole vectors of
+        the processor, for what lies behind it to begin at one.
         """
         prefix = self.prefix.rows.size if self.prefix else 0
         epilogues = sum(2 * next(iter(epilogue.vectors.values())).size for epilogue in self.epilogues.values())
-        return prefix + epilogues + sum(pair.lora_a.size + pair.lora_b.size for pair in self.pairs.values())
+        outer = sum(array.size for array in self.vocabulary.arrays) if self.vocabulary else 0
+        pairs = sum(pair.lora_a.size + pair.lora_b.size for pair in self.pairs.values())
+        return prefix + epilogues + pairs + -(-outer // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -170,8 +243,11 @@ class BaseLayout:
     shapes: Mapping[str, tuple[int, int]]
     """(out_features, in_features) of each projection, alike in every layer: `{"q_proj": (576, 576), …}`."""
     num_kv_heads: int | None = field(default=None, compare=False)
-    """How many heads K and V have; None, which is no difference, where a store's catalogue is from before it was asked.
-    """
+    """How many heads K and V have; None, which is no difference, where a store's catalogue is from before it was asked;
+    so are the next two."""
+    vocab_size: int | None = field(default=None, compare=False)
+    is_tied: bool | None = field(default=None, compare=False)
+    """Whether the head is the embedding."""
     fused: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: MappingProxyType(
             {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -183,6 +259,11 @@ class BaseLayout:
     def projections(self) -> tuple[str, ...]:
         """Names of all projections, in the base's order."""
         return tuple(self.shapes)
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers of a token's vector."""
+        return self.shapes["q_proj"][1]
 
 
 # The tree of errors; `status` is the HTTP status that suits each, `code` its word in the API's error envelope.

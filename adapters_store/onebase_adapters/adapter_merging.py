@@ -110,6 +110,8 @@ def require_lora(adapter: Adapter) -> None:
         )
     if adapter.invocation_tokens:
         raise InvalidMerge("An aLoRA computes behind its invocation tokens alone and cannot be merged; only LoRA can.")
+    if adapter.vocabulary:
+        raise InvalidMerge(f"What the adapter makes of {adapter.vocabulary} cannot be merged; only LoRA of layers can.")
     if adapter.epilogues:
         raise InvalidMerge(
             f"What follows the update of {next(iter(adapter.epilogues))} (DoRA, (IA)³, biases) cannot be merged; "

@@ -1,14 +1,16 @@
 """The canonical form on disk: one safetensors file per adapter, named by its own sha256, never changed once written.
 
 Tensors are `layers.{i}.{projection}.lora_a` and `.lora_b`, and `.magnitude`, `.factor`, `.bias` and `.shift` of
-epilogues, or `prefix_kv` or `virtual_tokens` alone, in the dtype they came in; one metadata entry holds the rest as
-JSON with sorted keys, so that the same adapter always gives the same bytes. It knows nothing of names and versions.
+epilogues, `embed_tokens.{part}` and `lm_head.{part}` of the vocabulary, or `prefix_kv` or `virtual_tokens` alone, in
+the dtype they came in; one metadata entry holds the rest as JSON with sorted keys, so that the same adapter always
+gives the same bytes. It knows nothing of names and versions.
 """
 
 import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import regex
@@ -24,9 +26,12 @@ from .adapter import (
     Prefix,
     PrefixKV,
     StoreError,
+    TokenMatrix,
+    TokenRows,
     VirtualTokens,
+    Vocabulary,
 )
-from .tensor_file import TensorFile, map_tensors
+from .tensor_file import BLOB_DTYPES, TensorFile, map_tensors
 
 FORMAT_VERSION = 1
 METADATA_KEY = "onebase"
@@ -34,6 +39,8 @@ METADATA_KEY = "onebase"
 TENSOR_NAME = regex.compile(
     r"layers\.(?P<layer>[0-9]+)\.(?P<projection>\w+)\.(?P<part>lora_a|lora_b|magnitude|factor|bias|shift)"
 )
+
+_MATRICES = ("embed_tokens", "lm_head")
 
 _PREFIX_NAMES: dict[type[Prefix], str] = {PrefixKV: "prefix_kv", VirtualTokens: "virtual_tokens"}
 
@@ -50,6 +57,9 @@ def write_blob(adapter: Adapter, path: Path) -> str:
         tensors[_PREFIX_NAMES[type(adapter.prefix)]] = np.ascontiguousarray(adapter.prefix.rows)
     scales = {str(key): pair.scale for key, pair in adapter.pairs.items()}
     description: dict[str, object] = {"format_version": FORMAT_VERSION, "scales": scales}
+    if adapter.vocabulary is not None:
+        tensors |= _vocabulary_tensors(adapter.vocabulary)
+        description["vocabulary"] = _describe_vocabulary(adapter.vocabulary)
     if adapter.invocation_tokens:
         description["invocation_tokens"] = adapter.invocation_tokens
     save_file(tensors, path, metadata={METADATA_KEY: json.dumps(description, sort_keys=True)})
@@ -66,7 +76,7 @@ def read_blob(path: Path) -> Adapter:
         StoreError: there is no such file, or it is not a blob of this format.
     """
     try:
-        return _parse(map_tensors(path))
+        return _parse(map_tensors(path, BLOB_DTYPES))
     except FileNotFoundError as error:
         raise StoreError(f"The adapter store has no blob {path.name}.") from error
     except (InvalidTensors, LookupError, TypeError, ValueError) as error:
@@ -98,6 +108,7 @@ def _parse(file: TensorFile) -> Adapter:
         if set(file.tensors) == {name}:
             return Adapter({}, prefix=kind(file.tensors[name]))
     scales = dict(description["scales"])
+    vocabulary = _vocabulary(description["vocabulary"], file) if "vocabulary" in description else None
     pairs: dict[ModuleKey, LowRankPair] = {}
     epilogues: dict[ModuleKey, Epilogue] = {}
     for key, parts in _parts_by_linear(file).items():
@@ -105,14 +116,17 @@ def _parse(file: TensorFile) -> Adapter:
             pairs[key] = _pair(key, parts.pop("lora_a"), parts.pop("lora_b"), float(scales.pop(str(key))))
         if parts:
             epilogues[key] = Epilogue(**parts)  # which takes no matrix that has no scale
-    if scales or not (pairs or epilogues):
+    if scales or not (pairs or epilogues or vocabulary):
         raise ValueError("its tensors are not those that its metadata announces.")
-    return Adapter(pairs, epilogues, invocation_tokens=tuple(map(int, description.get("invocation_tokens", ()))))
+    invocation_tokens = tuple(map(int, description.get("invocation_tokens", ())))
+    return Adapter(pairs, epilogues, vocabulary=vocabulary, invocation_tokens=invocation_tokens)
 
 
 def _parts_by_linear(file: TensorFile) -> dict[ModuleKey, dict[str, Array]]:
     parts: dict[ModuleKey, dict[str, Array]] = {}
     for name, tensor in file.tensors.items():
+        if name.partition(".")[0] in _MATRICES:
+            continue
         match = TENSOR_NAME.fullmatch(name)
         if match is None:
             raise ValueError(f"{name} is not the name of a linear's tensor.")
@@ -121,7 +135,39 @@ def _parts_by_linear(file: TensorFile) -> dict[ModuleKey, dict[str, Array]]:
     return parts
 
 
-def _pair(key: ModuleKey, lora_a: Array, lora_b: Array, scale: float) -> LowRankPair:
+def _vocabulary_tensors(vocabulary: Vocabulary) -> dict[str, Array]:
+    tensors: dict[str, Array] = {}
+    for name, matrix in vocabulary.matrices.items():
+        if matrix.rows and not (name == "lm_head" and vocabulary.has_tied_rows):
+            tensors |= {f"{name}.tokens": matrix.rows.tokens, f"{name}.vectors": matrix.rows.vectors}
+        if matrix.pair:
+            tensors |= {f"{name}.lora_a": matrix.pair.lora_a, f"{name}.lora_b": matrix.pair.lora_b}
+    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+
+
+def _describe_vocabulary(vocabulary: Vocabulary) -> dict[str, object]:
+    scales = {name: matrix.pair.scale for name, matrix in vocabulary.matrices.items() if matrix.pair}
+    return {"scales": scales, "size": vocabulary.size, "tied_rows": vocabulary.has_tied_rows}
+
+
+def _vocabulary(description: dict[str, Any], file: TensorFile) -> Vocabulary:
+    embedding, head = (_matrix(name, file, description["scales"]) for name in _MATRICES)
+    if description["tied_rows"]:
+        head = TokenMatrix(rows=embedding.rows, pair=head.pair)
+    return Vocabulary(embedding=embedding, head=head, size=description["size"])
+
+
+def _matrix(name: str, file: TensorFile, scales: dict[str, float]) -> TokenMatrix:
+    part = {part: file.tensors.get(f"{name}.{part}") for part in ("tokens", "vectors", "lora_a", "lora_b")}
+    rows = pair = None
+    if part["tokens"] is not None and part["vectors"] is not None:
+        rows = TokenRows(part["tokens"].astype(np.int64, copy=False), part["vectors"])
+    if part["lora_a"] is not None and part["lora_b"] is not None:
+        pair = _pair(name, part["lora_a"], part["lora_b"], float(scales[name]))
+    return TokenMatrix(rows=rows, pair=pair)
+
+
+def _pair(key: ModuleKey | str, lora_a: Array, lora_b: Array, scale: float) -> LowRankPair:
     if lora_a.ndim != 2 or lora_b.ndim != 2 or lora_a.shape[0] != lora_b.shape[1] or lora_a.dtype != lora_b.dtype:
         raise ValueError(f"the matrices of {key} do not belong together.")
     return LowRankPair(lora_a, lora_b, scale)

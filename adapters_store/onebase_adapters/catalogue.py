@@ -34,12 +34,14 @@ from sqlalchemy.exc import DatabaseError
 
 from .adapter import Adapter, AdapterNotFound, BaseLayout, StoreError, VersionNotFound
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 UPGRADES = {
     "1": "ALTER TABLE versions ADD COLUMN num_virtual_tokens INTEGER NOT NULL DEFAULT 0",
     "2": "ALTER TABLE versions ADD COLUMN invocation_tokens VARCHAR NOT NULL DEFAULT ''",
+    "3": "ALTER TABLE versions ADD COLUMN vocab_size INTEGER",
 }
-"""What makes the next schema of each earlier one; the first knew no prefixes, the second no aLoRA."""
+"""What makes the next schema of each earlier one; the first knew no prefixes, the second no aLoRA, the third no
+vocabularies."""
 BUSY_SECONDS = 30
 LARGEST_INTEGER = 2**63 - 1
 """SQLite's; a version beyond it cannot even be asked for."""
@@ -67,6 +69,7 @@ _versions = Table(
     Column("created_at", String, nullable=False),  # ISO 8601, UTC
     Column("num_virtual_tokens", Integer, nullable=False, server_default="0"),
     Column("invocation_tokens", String, nullable=False, server_default=""),  # separated by commas
+    Column("vocab_size", Integer),  # null for the base's
 )
 
 
@@ -90,6 +93,8 @@ class AdapterVersion:
     """How many positions of the context a prefix takes; 0 for other adapters."""
     invocation_tokens: tuple[int, ...]
     """What a prompt calls an aLoRA with; empty for other adapters."""
+    vocab_size: int | None
+    """How many tokens the adapter has; None for as many as the base."""
     is_live: bool
     """Whether it answered to the plain name when it was looked up."""
 
@@ -219,6 +224,7 @@ class Catalogue:
                     created_at=datetime.now(UTC).isoformat(),
                     num_virtual_tokens=adapter.num_virtual_tokens,
                     invocation_tokens=",".join(map(str, adapter.invocation_tokens)),
+                    vocab_size=adapter.vocab_size,
                 )
             )
             return _resolve(connection, name, version)
@@ -377,6 +383,7 @@ def _parse_row(row: Row[Any]) -> AdapterVersion:
         created_at=datetime.fromisoformat(row.created_at),
         num_virtual_tokens=row.num_virtual_tokens,
         invocation_tokens=tuple(map(int, row.invocation_tokens.split(","))) if row.invocation_tokens else (),
+        vocab_size=row.vocab_size,
         is_live=bool(row.is_live),
     )
 
@@ -388,8 +395,9 @@ def _set_meta(connection: Connection, key: str, value: str) -> None:
 def _describe_layout(layout: BaseLayout) -> dict[str, Any]:
     """For JSON; without the fused names, which are the program's knowledge of checkpoints, not the base's property."""
     shapes = {name: list(shape) for name, shape in layout.shapes.items()}
-    heads = {} if layout.num_kv_heads is None else {"num_kv_heads": layout.num_kv_heads}
-    return {"num_layers": layout.num_layers, "shapes": shapes, **heads}
+    later = {"num_kv_heads": layout.num_kv_heads, "vocab_size": layout.vocab_size, "is_tied": layout.is_tied}
+    known = {name: value for name, value in later.items() if value is not None}
+    return {"num_layers": layout.num_layers, "shapes": shapes, **known}
 
 
 def _parse_layout(text: str) -> BaseLayout:
@@ -398,4 +406,6 @@ def _parse_layout(text: str) -> BaseLayout:
         num_layers=layout["num_layers"],
         shapes={name: (rows, columns) for name, (rows, columns) in layout["shapes"].items()},
         num_kv_heads=layout.get("num_kv_heads"),
+        vocab_size=layout.get("vocab_size"),
+        is_tied=layout.get("is_tied"),
     )

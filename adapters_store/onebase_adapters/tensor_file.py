@@ -6,6 +6,7 @@ The safetensors library checks the file; its numpy reader, however, copies every
 import json
 import mmap
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -22,6 +23,8 @@ DTYPES: dict[str, np.dtype[np.generic]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 """The dtypes that an adapter may have, by the name that safetensors gives them."""
+BLOB_DTYPES = DTYPES | {"I64": np.dtype(np.int64)}
+"""Those of the canonical form, which also has numbers of tokens."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,11 @@ class _HeaderEntry(TypedDict):
     data_offsets: tuple[int, int]
 
 
-def map_tensors(path: Path) -> TensorFile:
+def map_tensors(path: Path, dtypes: Mapping[str, np.dtype[np.generic]] = DTYPES) -> TensorFile:
     """Map a file in the safetensors format (https://huggingface.co/docs/safetensors/index#format).
 
     Raises:
-        InvalidTensors: it is not safetensors, it is truncated, or a tensor is not float32, float16 or bfloat16.
+        InvalidTensors: it is not safetensors, it is truncated, or a tensor is of none of these dtypes.
     """
     try:
         with safe_open(path, framework="np"):
@@ -56,11 +59,13 @@ def map_tensors(path: Path) -> TensorFile:
     start = 8 + header_size
     header = json.loads(data[8:start])
     metadata = header.pop("__metadata__", None) or {}
-    return TensorFile({name: _view(data, start, name, entry) for name, entry in header.items()}, metadata)
+    return TensorFile({name: _view(data, start, name, entry, dtypes) for name, entry in header.items()}, metadata)
 
 
-def _view(data: mmap.mmap, start: int, name: str, entry: _HeaderEntry) -> Array:
-    dtype = DTYPES.get(entry["dtype"])
+def _view(
+    data: mmap.mmap, start: int, name: str, entry: _HeaderEntry, dtypes: Mapping[str, np.dtype[np.generic]]
+) -> Array:
+    dtype = dtypes.get(entry["dtype"])
     if dtype is None:
         raise InvalidTensors(
             f"Tensor {name} is {entry['dtype']}, but an adapter's tensors have to be float32, float16 or bfloat16."

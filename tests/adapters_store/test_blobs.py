@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from onebase_adapters.adapter import Adapter, LowRankPair, ModuleKey, StoreError
+from onebase_adapters.adapter import (
+    Adapter,
+    LowRankPair,
+    ModuleKey,
+    StoreError,
+    TokenMatrix,
+    TokenRows,
+    Vocabulary,
+)
 from onebase_adapters.blobs import file_digest, read_blob, write_blob
 
 
@@ -27,6 +35,23 @@ def test_an_adapter_read_back_is_bit_identical(adapter, tmp_path):
         assert read.pairs[key].scale == pair.scale
         for ours, theirs in ((read.pairs[key].lora_a, pair.lora_a), (read.pairs[key].lora_b, pair.lora_b)):
             assert (ours.dtype, ours.shape, ours.tobytes()) == (theirs.dtype, theirs.shape, theirs.tobytes())
+
+
+def test_a_vocabulary_read_back_is_the_same_and_tied_rows_lie_in_the_file_once(tmp_path):
+    rows = TokenRows(np.array([3, 9]), np.arange(14).reshape(2, 7).astype(ml_dtypes.bfloat16))
+    pair = LowRankPair(np.ones((2, 7), np.float32), np.ones((10, 2), np.float32), scale=0.7)
+    write_blob(
+        Adapter({}, vocabulary=Vocabulary(TokenMatrix(rows=rows), TokenMatrix(rows=rows, pair=pair), size=10)),
+        tmp_path / "blob",
+    )
+    read = read_blob(tmp_path / "blob")
+    assert (read.vocab_size, read.rank, read.targets) == (10, 2, ("embed_tokens", "lm_head"))
+    assert read.vocabulary.has_tied_rows
+    assert read.nbytes == rows.vectors.nbytes + pair.nbytes
+    assert read.vocabulary.head.rows.tokens.tolist() == [3, 9]
+    np.testing.assert_array_equal(read.vocabulary.head.rows.vectors, rows.vectors)
+    np.testing.assert_array_equal(read.vocabulary.head.pair.lora_b, pair.lora_b)
+    assert read.vocabulary.head.pair.scale == 0.7
 
 
 def test_the_digest_is_that_of_the_file_and_depends_on_the_adapter_alone(adapter, tmp_path):

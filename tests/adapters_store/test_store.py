@@ -332,13 +332,14 @@ def test_a_layout_survives_the_catalogue(tmp_path):
     opened.close()
 
 
-def test_a_store_from_before_there_were_prefixes_and_alora_is_brought_up_to_date(open_store, write_peft, write_prefix):
+def test_a_store_of_an_earlier_version_is_brought_up_to_date(open_store, write_peft, write_prefix):
     store = open_store()
     store.publish("pirate", write_peft())
     store.close()
     with closing(sqlite3.connect(store.root / "catalogue.sqlite3")) as database:
         database.execute("ALTER TABLE versions DROP COLUMN num_virtual_tokens")
         database.execute("ALTER TABLE versions DROP COLUMN invocation_tokens")
+        database.execute("ALTER TABLE versions DROP COLUMN vocab_size")
         database.execute("UPDATE meta SET value = '1' WHERE key = 'schema_version'")
         database.execute("UPDATE meta SET value = json_remove(value, '$.num_kv_heads') WHERE key = 'layout'")
         database.commit()
@@ -346,6 +347,7 @@ def test_a_store_from_before_there_were_prefixes_and_alora_is_brought_up_to_date
     reopened = open_store()
     assert reopened.layout.num_kv_heads == 2
     assert reopened.resolve("pirate").num_virtual_tokens == 0
+    assert reopened.resolve("pirate").vocab_size is None
     assert reopened.publish("prefixed", write_prefix()).num_virtual_tokens == 5
     called = write_peft(name="alora", alora_invocation_tokens=[7, 8])
     assert reopened.publish("called", called).invocation_tokens == (7, 8)

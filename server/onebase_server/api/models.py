@@ -157,4 +157,5 @@ def adapter_ref(store: AdapterStore, version: AdapterVersion) -> AdapterRef:
         label=version.label,
         num_virtual_tokens=version.num_virtual_tokens,
         invocation_tokens=version.invocation_tokens,
+        vocab_size=version.vocab_size,
     )

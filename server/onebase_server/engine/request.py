@@ -36,6 +36,8 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     """How many positions of the context its prefix takes, before the prompt."""
     invocation_tokens: tuple[int, ...] = ()
     """Of aLoRA: it computes from their last occurrence in the prompt on; empty: from the beginning."""
+    vocab_size: int | None = None
+    """How many tokens it has; None for as many as the base."""
 
     @classmethod
     def of_version(
@@ -46,6 +48,7 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
         label: str,
         num_virtual_tokens: int = 0,
         invocation_tokens: tuple[int, ...] = (),
+        vocab_size: int | None = None,
     ) -> "AdapterRef":
         """One version by itself."""
         part = AdapterPart(digest=digest, path=path, label=label)
@@ -54,6 +57,7 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
             parts=(part,),
             num_virtual_tokens=num_virtual_tokens,
             invocation_tokens=invocation_tokens,
+            vocab_size=vocab_size,
         )
 
     @classmethod

@@ -191,7 +191,13 @@ class ModelConfig:
             for group in self.projection_groups
             for projection, width in zip(group.projections, group.widths, strict=True)
         }
-        return BaseLayout(num_layers=self.num_layers, shapes=shapes, num_kv_heads=self.num_kv_heads)
+        return BaseLayout(
+            num_layers=self.num_layers,
+            shapes=shapes,
+            num_kv_heads=self.num_kv_heads,
+            vocab_size=self.vocab_size,
+            is_tied=self.tie_word_embeddings,
+        )
 
     @property
     def max_context(self) -> int:
