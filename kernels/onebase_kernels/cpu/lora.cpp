@@ -160,50 +160,83 @@ void expand(const LoraGroup<T>& group, const ExpandPiece& piece) {
             expand_one(piece, column, shrunk(row), y + row * stride + column);
 }
 
+// The segments that are computed row by row, in pieces.
 template <class T>
-void add_by_vectors(const LoraGroup<T>& group, const std::vector<Segment>& segments) {
-    int64_t size = 0;
-    for (const Segment& segment : segments) size += (segment.stop - segment.start) * group.total_rank(segment);
-    std::vector<float> all_shrunk(size);
-    std::vector<ShrinkPiece> shrinks;
-    std::vector<ExpandPiece> expands;
-    float* shrunk = all_shrunk.data();
-    const int64_t columns = segments.size() < MANY_SEGMENTS ? FEW_COLUMNS : COLUMNS;
-    for (const Segment& segment : segments) {
-        const int64_t total_rank = group.total_rank(segment);
-        for (int64_t rank = 0; rank < total_rank; rank += RANKS)
-            shrinks.push_back({&segment, rank, std::min(rank + RANKS, total_rank), shrunk, total_rank});
-        group.each_slice(segment, [&](const LoraSlice<T>& slice) {
-            for (int64_t column = 0; column < slice.width; column += columns)
-                expands.push_back({&segment, slice.b + column, slice.rank, slice.width,
-                                   std::min(columns, slice.width - column), slice.first_column + column,
-                                   shrunk + slice.first_rank, total_rank, slice.gain ? slice.gain + column : nullptr});
-        });
-        shrunk += (segment.stop - segment.start) * total_rank;
+class VectorLora {
+public:
+    VectorLora(const LoraGroup<T>& group, const std::vector<Segment>& segments) : group_(group), segments_(segments) {
+        int64_t size = 0;
+        for (const Segment& segment : segments_) size += (segment.stop - segment.start) * group.total_rank(segment);
+        shrunk_.resize(size);
+        const int64_t columns = segments_.size() < MANY_SEGMENTS ? FEW_COLUMNS : COLUMNS;
+        float* shrunk = shrunk_.data();
+        for (const Segment& segment : segments_) {
+            const int64_t total_rank = group.total_rank(segment);
+            for (int64_t rank = 0; rank < total_rank; rank += RANKS)
+                shrinks_.push_back({&segment, rank, std::min(rank + RANKS, total_rank), shrunk, total_rank});
+            group.each_slice(segment, [&](const LoraSlice<T>& slice) {
+                for (int64_t column = 0; column < slice.width; column += columns)
+                    expands_.push_back({&segment, slice.b + column, slice.rank, slice.width,
+                                        std::min(columns, slice.width - column), slice.first_column + column,
+                                        shrunk + slice.first_rank, total_rank, slice.gain ? slice.gain + column : nullptr});
+            });
+            shrunk += (segment.stop - segment.start) * total_rank;
+        }
     }
-    parallel(int64_t(shrinks.size()), [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; i++) shrink(group, shrinks[i]);
+
+    int64_t num_shrinks() const { return int64_t(shrinks_.size()); }
+    int64_t num_expands() const { return int64_t(expands_.size()); }
+    void shrink(int64_t piece) const { onebase::shrink(group_, shrinks_[piece]); }
+    void expand(int64_t piece) const { onebase::expand(group_, expands_[piece]); }
+
+private:
+    const LoraGroup<T>& group_;
+    std::vector<Segment> segments_;
+    std::vector<float> shrunk_;
+    std::vector<ShrinkPiece> shrinks_;
+    std::vector<ExpandPiece> expands_;
+};
+
+#if defined(__AMX_BF16__)
+// Long segments by AMX and the others by vectors, side by side: threads wait for one another once a pass.
+void add_lora_with_amx(const LoraGroup<BFloat16>& group, const std::vector<Segment>& long_segments,
+                       const std::vector<Segment>& short_segments) {
+    AmxLora by_amx(group, long_segments);
+    const VectorLora<BFloat16> by_vectors(group, short_segments);
+    const int64_t shrinks = by_amx.num_shrinks(), expands = by_amx.num_expands();
+    parallel(shrinks + by_vectors.num_shrinks(), [&](int64_t first, int64_t last) {
+        const Tiles tiles;
+        for (int64_t i = first; i < last; i++) i < shrinks ? by_amx.shrink(i) : by_vectors.shrink(i - shrinks);
     });
-    parallel(int64_t(expands.size()), [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; i++) expand(group, expands[i]);
+    parallel(expands + by_vectors.num_expands(), [&](int64_t first, int64_t last) {
+        const Tiles tiles;
+        for (int64_t i = first; i < last; i++) i < expands ? by_amx.expand(i) : by_vectors.expand(i - expands);
     });
 }
+#endif
 
 template <class T>
 void add_lora(const LoraGroup<T>& group, const Segment* segments, int64_t num_segments) {
-    std::vector<Segment> by_vectors(segments, segments + num_segments);
+    std::vector<Segment> short_segments(segments, segments + num_segments);
 #if defined(__AMX_BF16__)
     if constexpr (sizeof(T) == sizeof(BFloat16)) {
         if (AmxLora::carries(group)) {
             const auto is_long = [](const Segment& segment) { return segment.stop - segment.start > FEW_ROWS; };
-            const auto first_long = std::stable_partition(by_vectors.begin(), by_vectors.end(), std::not_fn(is_long));
-            const std::vector<Segment> by_amx(first_long, by_vectors.end());
-            by_vectors.erase(first_long, by_vectors.end());
-            if (!by_amx.empty()) AmxLora(group, by_amx).run();
+            const auto first_long =
+                std::stable_partition(short_segments.begin(), short_segments.end(), std::not_fn(is_long));
+            const std::vector<Segment> long_segments(first_long, short_segments.end());
+            short_segments.erase(first_long, short_segments.end());
+            if (!long_segments.empty()) return add_lora_with_amx(group, long_segments, short_segments);
         }
     }
 #endif
-    if (!by_vectors.empty()) add_by_vectors(group, by_vectors);
+    const VectorLora<T> by_vectors(group, short_segments);
+    parallel(by_vectors.num_shrinks(), [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i++) by_vectors.shrink(i);
+    });
+    parallel(by_vectors.num_expands(), [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i++) by_vectors.expand(i);
+    });
 }
 
 }  // namespace

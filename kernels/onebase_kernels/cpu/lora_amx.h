@@ -6,7 +6,6 @@
 
 #include "amx.h"
 #include "lora_call.h"
-#include "parallel.h"
 
 namespace onebase {
 
@@ -38,10 +37,11 @@ public:
                std::all_of(group.widths, group.widths + group.num_slices, [](int64_t n) { return n % LORA_DEPTH == 0; });
     }
 
-    void run() {
-        each(shrinks_, [this](const Shrink& piece) { shrink(piece); });
-        each(expands_, [this](const Expand& piece) { expand(piece); });
-    }
+    // The two passes, piece by piece, by threads that hold `Tiles`; all shrinks come before the first expand.
+    int64_t num_shrinks() const { return int64_t(shrinks_.size()); }
+    int64_t num_expands() const { return int64_t(expands_.size()); }
+    void shrink(int64_t piece) { shrink(shrinks_[piece]); }
+    void expand(int64_t piece) { expand(expands_[piece]); }
 
 private:
     // 16 rows' products with some ranks of A, of all slices together.
@@ -90,14 +90,6 @@ private:
                 parts.back().last_rank = std::min(rank + LORA_DEPTH, piece.last_rank);
             }
         shrinks_ = parts;
-    }
-
-    template <class Piece, class Body>
-    static void each(const std::vector<Piece>& pieces, Body body) {
-        parallel(int64_t(pieces.size()), [&](int64_t first, int64_t last) {
-            const Tiles tiles;
-            for (int64_t i = first; i < last; i++) body(pieces[i]);
-        });
     }
 
     // A · xᵀ, turned into left operands.

@@ -9,7 +9,7 @@
 
 namespace onebase {
 
-constexpr int64_t FEW_ROWS = 2;     // of a segment, that are computed one by one
+constexpr int64_t FEW_ROWS = 4;     // of a segment, that are computed one by one
 constexpr int64_t AT_ONCE = 4;      // ranks that share one reading of x, or of the sums
 constexpr int64_t ROW_STEP = 32;    // numbers of a register
 constexpr int64_t FETCH_AHEAD = 8192;  // bytes

@@ -1,10 +1,13 @@
-"""How throughput and latency change with the number of adapters, and with their rank."""
+"""How throughput and latency change with the number of adapters, and with their rank.
+
+The loads take turns, a run of each, so that a noisy machine's drift hits all alike.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from onebase_server.bench.load import Load, Sweep
-from onebase_server.bench.measure import Measurement, measure, request_progress
+from onebase_server.bench.measure import LoadRunner, Measurement, request_progress
 from onebase_server.bench.target import Target
 from onebase_server.progress import step_progress
 
@@ -20,33 +23,41 @@ class Series:
 
 
 def measure_by_count(target: Target, load: Load, sweep: Sweep, ranks: tuple[int, ...]) -> Iterator[Series]:
-    """The load on ever more adapters; where they are ours, each is published only when its number is reached.
+    """The load on ever more adapters, of which all are registered from the start.
 
-    Yields what was measured so far, after each number. Raises ConfigurationError at once if there cannot be as many.
+    Yields what was measured so far, after each round. Raises ConfigurationError at once if there cannot be as many.
     """
     counts = tuple(sorted(set(sweep.counts)))
     target.adapters.require(counts[-1], ranks)
     loads = [load.model_copy(update={"adapters": count}) for count in counts]
-    yield from _growing("adapters", counts, _measure_each(target, loads, [ranks] * len(loads)))
+    yield from _measure_in_turn("adapters", counts, target, loads, [ranks] * len(loads))
 
 
 def measure_by_rank(target: Target, load: Load, ranks: tuple[int, ...]) -> Iterator[Series]:
-    """The load on adapters that all have one rank; yields what was measured so far, after each rank."""
+    """The load on adapters that all have one rank; yields what was measured so far, after each round."""
     ranks = tuple(sorted(set(ranks)))
-    of_one_rank = [(rank,) for rank in ranks]
-    yield from _growing("rank", ranks, _measure_each(target, [load] * len(ranks), of_one_rank))
+    yield from _measure_in_turn("rank", ranks, target, [load] * len(ranks), [(rank,) for rank in ranks])
 
 
-def _growing(varied: str, values: Sequence[int], measured: Iterator[Measurement]) -> Iterator[Series]:
-    measurements: tuple[Measurement, ...] = ()
-    for measurement in measured:
-        measurements = (*measurements, measurement)
-        yield Series(varied, tuple(values[: len(measurements)]), measurements)
+def _measure_in_turn(
+    varied: str, values: tuple[int, ...], target: Target, loads: Sequence[Load], ranks: Sequence[tuple[int, ...]]
+) -> Iterator[Series]:
+    adapters = _publish(target, loads, ranks)
+    with request_progress(f"Requests by {varied}", *loads) as on_answer:
+        runners = [LoadRunner(target, load, names, on_answer) for load, names in zip(loads, adapters, strict=True)]
+        for turn in range(loads[0].runs):
+            for place, runner in enumerate(runners):
+                if turn == 0:
+                    runner.warm_up()
+                # counted on over all loads, so that none repeats a prompt, which the prefix cache would find
+                runner.run(turn * len(runners) + place + 1)
+            yield Series(varied, values, tuple(runner.measurement() for runner in runners))
 
 
-def _measure_each(target: Target, loads: Sequence[Load], ranks: Sequence[tuple[int, ...]]) -> Iterator[Measurement]:
-    for number, (load, ranks_of_load) in enumerate(zip(loads, ranks, strict=True), start=1):
+def _publish(target: Target, loads: Sequence[Load], ranks: Sequence[tuple[int, ...]]) -> list[list[str]]:
+    """The adapters that each load asks for; those that are not there yet are published."""
+    adapters = []
+    for load, ranks_of_load in zip(loads, ranks, strict=True):
         with step_progress("Publishing adapters") as on_progress:
-            adapters = target.adapters.names(load.num_adapters, ranks_of_load, on_progress)
-        with request_progress(f"Requests, load {number} of {len(loads)}", load) as on_answer:
-            yield measure(target, load, adapters, on_answer)
+            adapters.append(target.adapters.names(load.num_adapters, ranks_of_load, on_progress))
+    return adapters

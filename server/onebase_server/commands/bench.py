@@ -103,7 +103,7 @@ def scale(output: OutputOption = DEFAULT_OUTPUT, **flags: Any) -> None:
         for growing in sweeps:
             for one in growing:
                 described = [report.describe_series(series) for series in (*finished, one)]
-                # after each load, for all may take hours, and the next one may be interrupted
+                # after each round, for all may take hours, and the next one may be interrupted
                 write_json(path, machine, {"server": report.describe_target(target), "series": described})
             finished.append(one)
     for one in finished:
