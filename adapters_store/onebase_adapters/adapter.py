@@ -77,6 +77,11 @@ class Epilogue:
         named = (("magnitude", self.magnitude), ("factor", self.factor), ("bias", self.bias), ("shift", self.shift))
         return {name: vector for name, vector in named if vector is not None}
 
+    @property
+    def num_outputs(self) -> int:
+        """The linear's out_features."""
+        return int(next(iter(self.vectors.values())).size)
+
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
@@ -175,18 +180,19 @@ class Adapter:
         object.__setattr__(self, "epilogues", MappingProxyType(dict(sorted(self.epilogues.items()))))
 
     def require_exportable(self) -> None:
-        """Raise UnsupportedAdapter unless the adapter makes W + ΔW of the base's linears, for every token."""
-        if self.invocation_tokens:
-            raise UnsupportedAdapter(
-                "The adapter is an aLoRA, which computes behind its invocation tokens alone, so it can be served, but "
-                "not exported."
-            )
+        """Raise UnsupportedAdapter if the adapter has what is written in no form yet."""
         if self.vocabulary:
             raise UnsupportedAdapter(f"The adapter changes {self.vocabulary}, so it can be served, but not exported.")
-        if self.epilogues:
+
+    def require_mergeable(self) -> None:
+        """Raise UnsupportedAdapter unless the adapter changes the base's linears alone, alike for every token."""
+        self.require_exportable()
+        if self.prefix is not None:
+            raise UnsupportedAdapter("The adapter is virtual tokens, which cannot be merged into the base's weights.")
+        if self.invocation_tokens:
             raise UnsupportedAdapter(
-                f"The adapter does more to {next(iter(self.epilogues))} than to add a low-rank update (DoRA, (IA)³, "
-                "biases), so it can be served, but not exported."
+                "The adapter is an aLoRA, which computes behind its invocation tokens alone, so it cannot be merged "
+                "into the base's weights."
             )
 
     @cached_property
@@ -229,7 +235,7 @@ class Adapter:
         the processor, for what lies behind it to begin at one.
         """
         prefix = self.prefix.rows.size if self.prefix else 0
-        epilogues = sum(2 * next(iter(epilogue.vectors.values())).size for epilogue in self.epilogues.values())
+        epilogues = sum(2 * epilogue.num_outputs for epilogue in self.epilogues.values())
         outer = sum(array.size for array in self.vocabulary.arrays) if self.vocabulary else 0
         pairs = sum(pair.lora_a.size + pair.lora_b.size for pair in self.pairs.values())
         return prefix + epilogues + pairs + -(-outer // ALIGNMENT) * ALIGNMENT

@@ -1,7 +1,6 @@
 """`onebase adapters export`: an adapter out of the store, as PEFT's directory or merged into its base."""
 
 from collections.abc import Sequence
-from math import hypot
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -48,28 +47,21 @@ def export(
     """Write an adapter as a PEFT directory, or with --merged the base with it as an ordinary checkpoint."""
     with open_store(store) as opened:
         adapter = read_adapter(opened, name)
-        adapter.require_exportable()  # before anything is written
         base_name, layout = opened.base_name, opened.layout
         if not merged:
             _export_peft(adapter, output, base_name)
-        elif adapter.prefix is not None:
-            raise ConfigurationError(
-                f"{name} is virtual tokens, not an update of weights: it cannot be merged into them."
-            )
         elif base is None:
             raise ConfigurationError(f"--merged needs the base to merge into: --base DIRECTORY of {base_name}.")
         elif ModelConfig.from_directory(base).adapter_layout() != layout:
             raise ConfigurationError(f"{base} is another model than {base_name}, which this store's adapters are for.")
         else:
-            from onebase_server.model.merged_checkpoint import (
-                ExportForm,
-                export_merged,
-            )  # torch takes seconds to import
+            from onebase_server.model import merged_checkpoint  # torch takes seconds to import
 
-            form = ExportForm(quantization, dtype, base_quantization, double_quant)
+            form = merged_checkpoint.ExportForm(quantization, dtype, base_quantization, double_quant)
             with step_progress(f"Merging {name} into {base_name}") as on_progress:
-                errors = export_merged(base, adapter, output, form, on_progress)
-            console.print(error_table(errors, quantization if quantization == "nf4" else dtype))
+                errors = merged_checkpoint.export_merged(base, adapter, output, form, on_progress)
+            together = merged_checkpoint.all_together(errors)
+            console.print(error_table(together, errors, quantization if quantization == "nf4" else dtype))
     console.print(f"Wrote {output}.", highlight=False)
 
 
@@ -81,20 +73,12 @@ def _export_peft(adapter: Adapter, output: Path, base_name: str) -> None:
     write_peft(adapter, output, base_name=base_name)
 
 
-def error_table(errors: "Sequence[LinearError]", form: str) -> Table:
+def error_table(together: "LinearError", errors: "Sequence[LinearError]", form: str) -> Table:
     """All linears together, then the worst by relative error."""
     table = Table(title=f"Error of rounding base + adapter to {form}", title_justify="left")
     table.add_column("linear", overflow="fold")
     table.add_column("relative to the weight", justify="right")
     table.add_column("relative to the update", justify="right")
-    total = hypot(*(e.error for e in errors))
-    for label, relative, of_update in (
-        (
-            f"all {len(errors)}",
-            total / hypot(*(e.merged for e in errors)),
-            total / hypot(*(e.update for e in errors)),
-        ),
-        *((e.name, e.relative, e.of_update) for e in sorted(errors, key=lambda e: -e.relative)[:WORST]),
-    ):
-        table.add_row(label, f"{relative:.2e}", f"{of_update:.2e}")
+    for error in (together, *sorted(errors, key=lambda error: -error.relative)[:WORST]):
+        table.add_row(error.name, f"{error.relative:.2e}", f"{error.of_update:.2e}")
     return table

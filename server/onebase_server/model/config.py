@@ -85,6 +85,8 @@ class ModelConfig:
     tie_word_embeddings: bool
     biases: frozenset[str]
     """The projections that add a bias."""
+    bias_options: Mapping[str, frozenset[str]]
+    """The options of `config.json` that have projections add one."""
     windows: tuple[int | None, ...]
     """Per layer: how many tokens back (itself included) a token sees; None sees all."""
     dtype: str | None = None
@@ -131,6 +133,7 @@ class ModelConfig:
             experts=family.experts(reader),
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", family.ties_embeddings)),
             biases=family.biases(hf),
+            bias_options=family.bias_options,
             windows=windows,
             dtype=hf.get("dtype") or hf.get("torch_dtype"),
             eos_token_ids=_token_ids(hf.get("eos_token_id")),

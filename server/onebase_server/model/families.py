@@ -31,20 +31,11 @@ def family_of(hf: HfConfig) -> "Family":
     return family
 
 
-# Biases: the projections that add one.
+# Biases: the options of config.json that give projections one.
 
-
-def _biases_as_told(hf: HfConfig) -> frozenset[str]:
-    attention = _ATTENTION if hf.get("attention_bias") else frozenset()
-    return attention | (_MLP if hf.get("mlp_bias") else frozenset())
-
-
-def _attention_biases_as_told(hf: HfConfig) -> frozenset[str]:
-    return _ATTENTION if hf.get("attention_bias") else frozenset()
-
-
-def _input_biases_as_told(hf: HfConfig) -> frozenset[str]:
-    return _ATTENTION_INPUTS if hf.get("use_qkv_bias") else frozenset()
+_INPUT_BIASES: Mapping[str, frozenset[str]] = {"use_qkv_bias": _ATTENTION_INPUTS}
+_ATTENTION_BIASES: Mapping[str, frozenset[str]] = {"attention_bias": _ATTENTION}
+_ALL_BIASES: Mapping[str, frozenset[str]] = {**_ATTENTION_BIASES, "mlp_bias": _MLP}
 
 
 # Windows: how many tokens back each layer sees.
@@ -217,7 +208,10 @@ def _qwen3_experts(reader: ConfigReader) -> ExpertConfig:
 class Family:
     """How a family's `config.json` maps to `ModelConfig`; the defaults are Llama's."""
 
-    biases: Callable[[HfConfig], frozenset[str]] = _biases_as_told
+    always_biased: frozenset[str] = frozenset()
+    """The projections that add a bias whatever `config.json` says."""
+    bias_options: Mapping[str, frozenset[str]] = field(default_factory=lambda: _ALL_BIASES)
+    """The options that have projections add one."""
     windows: Callable[[ConfigReader, int], Windows] = _no_windows
     ropes: Callable[[ConfigReader, Windows], Ropes] = field(default_factory=_one_rope)
     experts: Callable[[ConfigReader], ExpertConfig | None] = _no_experts
@@ -239,6 +233,10 @@ class Family:
     """Where it is left out; None takes the number of heads."""
     head_dim: int | None = None
     """Where it is left out; None divides the hidden size among the heads."""
+
+    def biases(self, hf: HfConfig) -> frozenset[str]:
+        """The projections that add a bias."""
+        return self.always_biased.union(*(biased for option, biased in self.bias_options.items() if hf.get(option)))
 
 
 _GEMMA_NORMS = NormConfig(weight_offset=1.0)
@@ -267,17 +265,17 @@ _CAUSAL_ONLY = {"use_bidirectional_attention": False}
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(),
-    "mistral": Family(biases=lambda _: frozenset(), windows=_windows_everywhere, num_kv_heads=8),
-    "qwen2": Family(biases=lambda _: _ATTENTION_INPUTS, windows=_windows_if_switched_on, num_kv_heads=32),
+    "mistral": Family(bias_options={}, windows=_windows_everywhere, num_kv_heads=8),
+    "qwen2": Family(always_biased=_ATTENTION_INPUTS, bias_options={}, windows=_windows_if_switched_on, num_kv_heads=32),
     "qwen3": Family(
-        biases=_attention_biases_as_told,
+        bias_options=_ATTENTION_BIASES,
         windows=_windows_if_switched_on,
         norms=NormConfig(heads="each"),
         num_kv_heads=32,
         head_dim=128,
     ),
     "mixtral": Family(
-        biases=lambda _: frozenset(),
+        bias_options={},
         windows=_windows_everywhere,
         ropes=_one_rope(theta=1_000_000.0),
         experts=_mixtral_experts,
@@ -285,7 +283,7 @@ FAMILIES: Mapping[str, Family] = {
         num_kv_heads=8,
     ),
     "qwen3_moe": Family(
-        biases=_attention_biases_as_told,
+        bias_options=_ATTENTION_BIASES,
         windows=_windows_if_switched_on,
         experts=_qwen3_experts,
         norms=NormConfig(heads="each"),
@@ -293,6 +291,7 @@ FAMILIES: Mapping[str, Family] = {
         num_kv_heads=4,
     ),
     "gemma": Family(
+        bias_options=_ATTENTION_BIASES,
         scales=_gemma_scales,
         norms=_GEMMA_NORMS,
         activations=_GEMMA_ACTIVATIONS,
@@ -302,6 +301,7 @@ FAMILIES: Mapping[str, Family] = {
         head_dim=256,
     ),
     "gemma2": Family(
+        bias_options=_ATTENTION_BIASES,
         windows=_alternating_windows(default_pattern=2),
         scales=_capped_gemma_scales,
         norms=_SANDWICH_NORMS,
@@ -312,6 +312,7 @@ FAMILIES: Mapping[str, Family] = {
         head_dim=256,
     ),
     "gemma3_text": Family(
+        bias_options=_ATTENTION_BIASES,
         windows=_alternating_windows(default_pattern=6),
         ropes=_local_rope_in_windows,
         scales=_capped_gemma_scales,
@@ -322,14 +323,12 @@ FAMILIES: Mapping[str, Family] = {
         num_kv_heads=4,
         head_dim=256,
     ),
-    "phi3": Family(
-        biases=lambda _: frozenset(), windows=_windows_everywhere, norms=NormConfig(eps=1e-5), is_fused=True
-    ),
+    "phi3": Family(bias_options={}, windows=_windows_everywhere, norms=NormConfig(eps=1e-5), is_fused=True),
     "smollm3": Family(windows=_windows_without_rope, ropes=_rope_in_some_layers, ties_embeddings=True, num_kv_heads=4),
     "granite": Family(scales=_granite_scales),
-    "olmo2": Family(biases=_attention_biases_as_told, norms=_NORMS_AFTER),
+    "olmo2": Family(bias_options=_ATTENTION_BIASES, norms=_NORMS_AFTER),
     "stablelm": Family(
-        biases=_input_biases_as_told,
+        bias_options=_INPUT_BIASES,
         ropes=_one_rope(rotated_share=0.25),
         norms=NormConfig(kind="layer", eps=1e-5),
         eps_key="layer_norm_eps",

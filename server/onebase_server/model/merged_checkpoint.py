@@ -1,25 +1,26 @@
-"""A base with one LoRA adapter merged in, as an ordinary Hugging Face directory, and what rounding it has cost.
+"""A base with one adapter merged in, as an ordinary Hugging Face directory, and what rounding it has cost.
 
-What is merged is the base as it is served: the adapter is added to the weights that NF4 stands for, not to those that
-it was quantised from. It knows nothing of stores, and writes the directory whole or not at all.
+What is merged is the base as it is served: the adapter changes the weights that NF4 stands for, not those that it was
+quantised from. It knows nothing of stores, and writes the directory whole or not at all.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import hypot
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from onebase_adapters.adapter import Adapter, LowRankPair, ModuleKey
+from onebase_adapters.adapter import Adapter, Epilogue, LowRankPair, ModuleKey, UnsupportedAdapter
 from onebase_kernels import Nf4Weight, dequantize_nf4, quantize_nf4
 from onebase_server.errors import ConfigurationError
 from onebase_server.model import bnb_format, names
-from onebase_server.model.arrays import float32
+from onebase_server.model.adapted_linear import adapted_bias, adapted_weight
 from onebase_server.model.checkpoint import INDEX_FILE, Checkpoint
 from onebase_server.model.checkpoint_writer import Progress, write_checkpoint
 from onebase_server.model.config import ModelConfig
@@ -48,7 +49,7 @@ class ExportForm:
 
 @dataclass(frozen=True)
 class LinearError:
-    """How far a written weight is from base plus update in fp32; Frobenius norms."""
+    """How far a written weight is from the merged one in fp32; Frobenius norms."""
 
     name: str
     """The linear's module, `model.layers.0.self_attn.q_proj`."""
@@ -56,7 +57,7 @@ class LinearError:
     merged: float
     """Of base plus update."""
     update: float
-    """Of the update alone."""
+    """Of what the adapter makes of the weight, less the weight."""
 
     @property
     def relative(self) -> float:
@@ -76,25 +77,51 @@ def export_merged(
 
     Linears that it does not touch keep their NF4 codes where the output is NF4 too.
 
+    Where the adapter gives linears a bias that have none, those that the same option of `config.json` switches on get
+    one too, of zeros.
+
     Raises:
         ConfigurationError: `output` exists, or the base's directory, configuration or tensors are not what is carried.
-        UnsupportedAdapter: the adapter does more to a linear than to add an update.
+        UnsupportedAdapter: the adapter is no change of weights, or gives a bias to a linear that can have none.
     """
-    adapter.require_exportable()
+    adapter.require_mergeable()
     if output.exists():
         raise ConfigurationError(f"{output} already exists; choose another directory or remove it first.")
     merger = _Merger(base, adapter, form)
     unfinished = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         unfinished.mkdir(parents=True)
-        write_checkpoint(
-            unfinished, merger.shards(), merger.config.num_layers + 1, _config_json(base, form), on_progress
-        )
+        write_checkpoint(unfinished, merger.shards(), merger.config.num_layers + 1, merger.config_json(), on_progress)
         _copy_the_rest(base, unfinished)
         unfinished.rename(output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return merger.errors
+
+
+def all_together(errors: Sequence[LinearError]) -> LinearError:
+    """The error of all linears as if they were one, named by how many they are."""
+    return LinearError(
+        f"all {len(errors)}",
+        error=hypot(*(error.error for error in errors)),
+        merged=hypot(*(error.merged for error in errors)),
+        update=hypot(*(error.update for error in errors)),
+    )
+
+
+class _AdapterPart(NamedTuple):
+    """What the adapter has for one projection of a linear."""
+
+    width: int
+    """Output rows."""
+    pair: LowRankPair | None
+    epilogue: Epilogue | None
+
+    @property
+    def changes_weight(self) -> bool:
+        """Whether it does more than to add to outputs."""
+        epilogue = self.epilogue
+        return bool(self.pair or (epilogue and (epilogue.magnitude is not None or epilogue.factor is not None)))
 
 
 class _Merger:
@@ -103,44 +130,59 @@ class _Merger:
     def __init__(self, base: Path, adapter: Adapter, form: ExportForm) -> None:
         self.config = ModelConfig.from_directory(base)
         self.errors: list[LinearError] = []
+        self._base = base
         self._checkpoint = Checkpoint(base)
         check_tensors(self._checkpoint, self.config)
         self._adapter = adapter
         self._form = form
         self._dtype: torch.dtype = getattr(torch, form.dtype)
+        self._bias_options = _needed_bias_options(adapter, self.config)
+        self._biases = self.config.biases.union(*(self.config.bias_options[option] for option in self._bias_options))
+
+    def config_json(self) -> dict[str, Any]:
+        """The base's `config.json`, of what is written."""
+        config: dict[str, Any] = json.loads((self._base / "config.json").read_text(encoding="utf-8"))
+        config.pop("quantization_config", None)
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = self._form.dtype
+        config |= dict.fromkeys(self._bias_options, True)
+        is_nf4 = self._form.quantization == "nf4"
+        return bnb_format.described_as_nf4(config, self._form.double_quant) if is_nf4 else config
 
     def shards(self) -> Iterator[dict[str, Tensor]]:
         """What is in no layer, then each layer."""
-        yield self._unchanged(self._checkpoint.read(names.outer_shapes(self.config)))
+        yield self._in_dtype(self._checkpoint.read(names.outer_shapes(self.config)))
         for layer in range(self.config.num_layers):
             yield self._layer(layer)
 
     def _layer(self, layer: int) -> dict[str, Tensor]:
         shapes = names.layer_shapes(self.config, layer)
         modules = names.linear_shapes(self.config, layer).keys()
-        updates = self._updates(layer)
-        written = self._unchanged(self._checkpoint.read(shapes.keys() - {f"{module}.weight" for module in modules}))
+        others = self._checkpoint.read(shapes.keys() - {f"{module}.weight" for module in modules})
+        parts_of = self._adapter_parts(layer)
+        for module, parts in parts_of.items():
+            if module.rpartition(".")[2] in self._biases:
+                others[f"{module}.bias"] = _merged_bias(others.get(f"{module}.bias"), parts)
+        written = self._in_dtype(others)
         for module in modules:
             weight = self._read_weight(f"{module}.weight")
-            if module in updates:
-                weight = self._merge(module, weight, updates[module])
+            if any(part.changes_weight for part in parts_of.get(module, ())):
+                weight = self._merge(module, weight, parts_of[module])
             written |= self._as_tensors(f"{module}.weight", weight)
         return written
 
-    def _updates(self, layer: int) -> dict[str, Tensor]:
-        """What the adapter adds to a layer's linears, [out, in] in fp32 by module."""
-        updates: dict[str, Tensor] = {}
-        for group in self.config.projection_groups:
-            for linear in group.linears:
-                pairs = [self._adapter.pairs.get(ModuleKey(layer, projection)) for projection in linear.projections]
-                if any(pairs):
-                    parts = zip(pairs, linear.widths, strict=True)
-                    updates[names.linear_name(layer, linear.name)] = torch.cat(
-                        [_update(pair) if pair else torch.zeros(width, group.in_features) for pair, width in parts]
-                    )
-        return updates
+    def _adapter_parts(self, layer: int) -> dict[str, list[_AdapterPart]]:
+        """What the adapter has for each projection of a layer's linears, by module."""
+        pairs, epilogues = self._adapter.pairs, self._adapter.epilogues
+        return {
+            names.linear_name(layer, linear.name): [
+                _AdapterPart(width, pairs.get(key), epilogues.get(key))
+                for key, width in zip((ModuleKey(layer, p) for p in linear.projections), linear.widths, strict=True)
+            ]
+            for group in self.config.projection_groups
+            for linear in group.linears
+        }
 
-    def _unchanged(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _in_dtype(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self._dtype) for name, tensor in tensors.items()}
 
     def _read_weight(self, name: str) -> Tensor | Nf4Weight:
@@ -153,12 +195,13 @@ class _Merger:
             return quantize_nf4(tensors[name], self._form.double_quant)
         return tensors[name]
 
-    def _merge(self, module: str, weight: Tensor | Nf4Weight, update: Tensor) -> Tensor | Nf4Weight:
-        """Base plus update, rounded as it will be written."""
-        merged = _dense(weight) + update
+    def _merge(self, module: str, weight: Tensor | Nf4Weight, parts: Sequence[_AdapterPart]) -> Tensor | Nf4Weight:
+        """The weight as the adapter makes it, rounded as it will be written."""
+        base = _dense(weight)
+        merged = _merged_weight(base, parts)
         rounded = self._rounded(merged)
-        error = _dense(rounded) - merged
-        self.errors.append(LinearError(module, *(float(matrix.norm()) for matrix in (error, merged, update))))
+        differences = (_dense(rounded) - merged, merged, merged - base)
+        self.errors.append(LinearError(module, *(float(matrix.norm()) for matrix in differences)))
         return rounded
 
     def _rounded(self, merged: Tensor) -> Tensor | Nf4Weight:
@@ -178,16 +221,35 @@ def _dense(weight: Tensor | Nf4Weight) -> Tensor:
     return weight.float() if isinstance(weight, Tensor) else dequantize_nf4(weight, torch.float32)
 
 
-def _update(pair: LowRankPair) -> Tensor:
-    """`s · B A` in fp32, [out, in]."""
-    return pair.scale * (float32(pair.lora_b) @ float32(pair.lora_a))
+def _merged_weight(base: Tensor, parts: Sequence[_AdapterPart]) -> Tensor:
+    """A linear's weight with the adapter, [out, in] in fp32, of the base's."""
+    weights = torch.split(base, [part.width for part in parts])
+    return torch.cat(
+        [adapted_weight(weight, part.pair, part.epilogue) for weight, part in zip(weights, parts, strict=True)]
+    )
 
 
-def _config_json(base: Path, form: ExportForm) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    config.pop("quantization_config", None)
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = form.dtype
-    return bnb_format.described_as_nf4(config, form.double_quant) if form.quantization == "nf4" else config
+def _merged_bias(base: Tensor | None, parts: Sequence[_AdapterPart]) -> Tensor:
+    """A linear's bias with the adapter, [out] in fp32, of the base's, if it has one."""
+    widths = [part.width for part in parts]
+    biases = torch.split(torch.zeros(sum(widths)) if base is None else base.float(), widths)
+    return torch.cat([adapted_bias(bias, part.epilogue) for bias, part in zip(biases, parts, strict=True)])
+
+
+def _needed_bias_options(adapter: Adapter, config: ModelConfig) -> frozenset[str]:
+    """The options of `config.json` to switch on, so that every linear that the adapter gives a bias to can have one."""
+    needed = set()
+    for key, epilogue in adapter.epilogues.items():
+        if key.projection in config.biases or (epilogue.bias is None and epilogue.shift is None):
+            continue
+        option = next((name for name, biased in config.bias_options.items() if key.projection in biased), None)
+        if option is None:
+            raise UnsupportedAdapter(
+                f"The adapter gives a bias to {key}, which has none in the base, and config.json has no option for it "
+                f"in the family {config.family}: a merged checkpoint cannot hold it. Serve the adapter beside its base."
+            )
+        needed.add(option)
+    return frozenset(needed)
 
 
 def _copy_the_rest(base: Path, directory: Path) -> None:
