@@ -250,10 +250,12 @@ class BaseLayout:
     """(out_features, in_features) of each projection, alike in every layer: `{"q_proj": (576, 576), …}`."""
     num_kv_heads: int | None = field(default=None, compare=False)
     """How many heads K and V have; None, which is no difference, where a store's catalogue is from before it was asked;
-    so are the next two."""
+    so are the next three."""
     vocab_size: int | None = field(default=None, compare=False)
     is_tied: bool | None = field(default=None, compare=False)
     """Whether the head is the embedding."""
+    is_fused: bool | None = field(default=None, compare=False)
+    """Whether the base's checkpoint has the projections of `fused` in one linear, which is what PEFT then adapts."""
     fused: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: MappingProxyType(
             {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

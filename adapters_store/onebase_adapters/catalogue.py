@@ -395,7 +395,12 @@ def _set_meta(connection: Connection, key: str, value: str) -> None:
 def _describe_layout(layout: BaseLayout) -> dict[str, Any]:
     """For JSON; without the fused names, which are the program's knowledge of checkpoints, not the base's property."""
     shapes = {name: list(shape) for name, shape in layout.shapes.items()}
-    later = {"num_kv_heads": layout.num_kv_heads, "vocab_size": layout.vocab_size, "is_tied": layout.is_tied}
+    later = {
+        "num_kv_heads": layout.num_kv_heads,
+        "vocab_size": layout.vocab_size,
+        "is_tied": layout.is_tied,
+        "is_fused": layout.is_fused,
+    }
     known = {name: value for name, value in later.items() if value is not None}
     return {"num_layers": layout.num_layers, "shapes": shapes, **known}
 
@@ -408,4 +413,5 @@ def _parse_layout(text: str) -> BaseLayout:
         num_kv_heads=layout.get("num_kv_heads"),
         vocab_size=layout.get("vocab_size"),
         is_tied=layout.get("is_tied"),
+        is_fused=layout.get("is_fused"),
     )

@@ -1,4 +1,4 @@
-"""The canonical form to a PEFT directory: `peft_format` read backwards. Fused modules come out as their parts."""
+"""The canonical form to a PEFT directory: `peft_format` read backwards."""
 
 import json
 from collections import Counter
@@ -8,63 +8,124 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from .adapter import Adapter, Array, LowRankPair, ModuleKey, Prefix, PrefixKV
+from .adapter import Adapter, Array, Epilogue, LowRankPair, ModuleKey, Prefix, PrefixKV, UnsupportedAdapter
 from .peft_config import CONFIG_FILE
 from .peft_format import WEIGHTS_FILE
 
-_ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
+_ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"})
+
+Content = tuple[dict[str, object], dict[str, Array]]
+"""Of the two files: the configuration, and tensors by name."""
 
 
 def write_peft(adapter: Adapter, directory: Path, *, base_name: str) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`, the tensors in the dtype they have.
+    """Write `adapter_config.json` and `adapter_model.safetensors` to a directory, which is made if it is not there.
 
-    `parse` makes the same adapter of them, and PEFT loads them as they are. Raises UnsupportedAdapter for an adapter
-    that does more to a linear than to add an update.
+    PEFT loads them as they are, and `parse` makes the same adapter of them. What `parse` has computed is not undone:
+    VeRA and QA-LoRA come out as LoRA, (IA)³'s factors of `down_proj`'s inputs as factors of `up_proj`'s outputs, and
+    fused modules as their parts (`fused_projections` makes them whole).
+
+    Raises:
+        UnsupportedAdapter: none of PEFT's kinds does all that the adapter does; the text names a linear.
     """
-    adapter.require_exportable()
-    if adapter.prefix is not None:
-        config, tensors = _prefix_config(adapter.prefix), _prefix_tensors(adapter.prefix)
-    else:
-        pairs = {_module_name(key): pair for key, pair in adapter.pairs.items()}
-        config, tensors = _lora_config(pairs), _lora_tensors(pairs)
-    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    config, tensors = _content(adapter)
+    directory.mkdir(parents=True, exist_ok=True)
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    save_file(contiguous, directory / WEIGHTS_FILE, metadata={"format": "pt"})
     config |= {"base_model_name_or_path": base_name, "task_type": "CAUSAL_LM", "inference_mode": True}
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _prefix_tensors(prefix: Prefix) -> dict[str, Array]:
-    return {"prompt_embeddings": np.ascontiguousarray(prefix.rows).reshape(prefix.num_tokens, -1)}
+def _content(adapter: Adapter) -> Content:
+    if adapter.prefix is not None:
+        return _prefix(adapter.prefix)
+    _refuse_mixtures(adapter)
+    return _lora(adapter) if adapter.pairs else _ia3(adapter)
 
 
-def _prefix_config(prefix: Prefix) -> dict[str, object]:
+def _refuse_mixtures(adapter: Adapter) -> None:
+    """PEFT has DoRA in all modules or in none, without `lora_bias`; beside factors it has nothing."""
+    dora = {"magnitude"} if any(epilogue.magnitude is not None for epilogue in adapter.epilogues.values()) else set()
+    for key in sorted({*adapter.pairs, *adapter.epilogues}):
+        vectors = set(adapter.epilogues.get(key, Epilogue()).vectors)
+        if not adapter.pairs:
+            is_carried = vectors == {"factor"}
+        elif key not in adapter.pairs:
+            is_carried = vectors == {"bias"}
+        else:
+            is_carried = vectors - {"bias"} in ([dora] if dora else [set(), {"shift"}])
+        if not is_carried:
+            has = " and ".join(sorted(vectors)) or "nothing but an update"
+            raise UnsupportedAdapter(
+                f"The adapter has {has} for {key}, and more elsewhere than any one kind of PEFT's adapters has beside "
+                "that, so it cannot be exported."
+            )
+
+
+def _prefix(prefix: Prefix) -> Content:
     """Of the plain kind, whatever it was trained as; PEFT fills in the base's sizes."""
     peft_type = "PREFIX_TUNING" if isinstance(prefix, PrefixKV) else "PROMPT_TUNING"
-    return {"peft_type": peft_type, "num_virtual_tokens": prefix.num_tokens}
+    rows = np.ascontiguousarray(prefix.rows).reshape(prefix.num_tokens, -1)
+    return {"peft_type": peft_type, "num_virtual_tokens": prefix.num_tokens}, {"prompt_embeddings": rows}
 
 
-def _lora_tensors(pairs: Mapping[str, LowRankPair]) -> dict[str, Array]:
-    tensors = {}
-    for module, pair in pairs.items():
-        tensors[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(pair.lora_a)
-        tensors[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(pair.lora_b)
-    return tensors
+def _ia3(adapter: Adapter) -> Content:
+    factors = {key: epilogue.vectors["factor"] for key, epilogue in adapter.epilogues.items()}
+    config: dict[str, object] = {"peft_type": "IA3", "feedforward_modules": []}
+    config["target_modules"] = [_module_name(key) for key in factors]
+    return config, {f"{_tensor_prefix(key)}.ia3_l": factor.reshape(-1, 1) for key, factor in factors.items()}
 
 
-def _lora_config(pairs: Mapping[str, LowRankPair]) -> dict[str, object]:
+def _lora(adapter: Adapter) -> Content:
+    has = {name for epilogue in adapter.epilogues.values() for name in epilogue.vectors}
+    tensors: dict[str, Array] = {}
+    for key, pair in adapter.pairs.items():
+        tensors[f"{_tensor_prefix(key)}.lora_A.weight"] = pair.lora_a
+        tensors[f"{_tensor_prefix(key)}.lora_B.weight"] = pair.lora_b
+        if "shift" in has:  # in all modules or in none
+            shift = adapter.epilogues.get(key, Epilogue()).shift
+            tensors[f"{_tensor_prefix(key)}.lora_B.bias"] = _lora_bias(shift, pair)
+    for key, epilogue in adapter.epilogues.items():
+        if epilogue.magnitude is not None:
+            tensors[f"{_tensor_prefix(key)}.lora_magnitude_vector"] = epilogue.magnitude
+        if epilogue.bias is not None:
+            level = ".base_layer" if key in adapter.pairs else ""  # PEFT wraps what it adapts
+            tensors[f"{_tensor_prefix(key)}{level}.bias"] = epilogue.bias
+    config = _ranks_and_alphas({_module_name(key): pair for key, pair in adapter.pairs.items()})
+    config |= {
+        "peft_type": "LORA",
+        "target_modules": [_module_name(key) for key in adapter.pairs],
+        "bias": "all" if "bias" in has else "none",
+        "use_dora": "magnitude" in has,
+        "lora_bias": "shift" in has,
+        "alora_invocation_tokens": list(adapter.invocation_tokens) or None,
+    }
+    return config, tensors
+
+
+def _lora_bias(shift: Array | None, pair: LowRankPair) -> Array:
+    """What PEFT multiplies with the pair's scale to get the shift."""
+    if shift is None or not pair.scale:
+        return np.zeros(pair.lora_b.shape[0], np.float32)
+    return np.divide(shift, np.float32(pair.scale), dtype=np.float32)
+
+
+def _ranks_and_alphas(pairs: Mapping[str, LowRankPair]) -> dict[str, object]:
     """The commonest rank and alpha for all, a pattern for each module that has others."""
     ranks = {module: pair.rank for module, pair in pairs.items()}
     alphas = {module: pair.scale * pair.rank for module, pair in pairs.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     return {
-        "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {module: value for module, value in ranks.items() if value != rank},
         "alpha_pattern": {module: value for module, value in alphas.items() if value != alpha},
-        "bias": "none",
-        "target_modules": list(pairs),
     }
+
+
+def _tensor_prefix(key: ModuleKey) -> str:
+    return f"base_model.model.{_module_name(key)}"
 
 
 def _module_name(key: ModuleKey) -> str:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from onebase_adapters.adapter import Adapter
+from onebase_adapters.adapter import Adapter, BaseLayout
+from onebase_adapters.fused_projections import fuse_projections
 from onebase_adapters.peft_writer import write_peft
 from onebase_server.commands.store_access import DEFAULT_STORE, StoreOption, console, open_store, read_adapter
 from onebase_server.errors import ConfigurationError
@@ -49,7 +50,7 @@ def export(
         adapter = read_adapter(opened, name)
         base_name, layout = opened.base_name, opened.layout
         if not merged:
-            _export_peft(adapter, output, base_name)
+            _export_peft(adapter, output, base_name, layout)
         elif base is None:
             raise ConfigurationError(f"--merged needs the base to merge into: --base DIRECTORY of {base_name}.")
         elif ModelConfig.from_directory(base).adapter_layout() != layout:
@@ -65,12 +66,11 @@ def export(
     console.print(f"Wrote {output}.", highlight=False)
 
 
-def _export_peft(adapter: Adapter, output: Path, base_name: str) -> None:
-    try:
-        output.mkdir(parents=True)
-    except FileExistsError as error:
-        raise ConfigurationError(f"{output} already exists; choose another directory or remove it first.") from error
-    write_peft(adapter, output, base_name=base_name)
+def _export_peft(adapter: Adapter, output: Path, base_name: str, layout: BaseLayout) -> None:
+    if output.exists():
+        raise ConfigurationError(f"{output} already exists; choose another directory or remove it first.")
+    whole = fuse_projections(adapter, layout) if layout.is_fused else adapter
+    write_peft(whole, output, base_name=base_name)
 
 
 def error_table(together: "LinearError", errors: "Sequence[LinearError]", form: str) -> Table:

@@ -200,6 +200,7 @@ class ModelConfig:
             num_kv_heads=self.num_kv_heads,
             vocab_size=self.vocab_size,
             is_tied=self.tie_word_embeddings,
+            is_fused=self.is_fused,
         )
 
     @property

@@ -41,18 +41,47 @@ def test_a_merged_export_prints_the_error_of_rounding(onebase, base, tmp_path, q
 
 
 @pytest.mark.usefixtures("published")
-@pytest.mark.parametrize("options", [(), ("--merged",)], ids=["as PEFT's", "merged"])
-def test_an_adapter_that_is_more_than_an_update_is_refused(onebase, base, tmp_path, options):
+def test_another_kind_is_written_as_it_came_and_merged(onebase, base, tmp_path):
     source = tmp_path / "ia3"
     source.mkdir()
     (source / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3", "target_modules": ["o_proj"]}))
-    width, _ = ModelConfig.from_directory(base).adapter_layout().shapes["o_proj"]
-    vector = np.ones((width, 1), np.float32)
-    save_file({"base_model.model.model.layers.0.self_attn.o_proj.ia3_l": vector}, source / "adapter_model.safetensors")
+    tensors = {"base_model.model.model.layers.0.self_attn.o_proj.ia3_l": np.full((32, 1), 2, np.float32)}
+    save_file(tensors, source / "adapter_model.safetensors")
     onebase("publish", "ia3", source, "--base", base)
-    refused = onebase("export", "ia3", tmp_path / "out", *options, "--base", base, exit_code=1)
-    assert "does more to layers.0.o_proj" in " ".join(refused.stderr.split())
-    assert not (tmp_path / "out").exists()
+    onebase("export", "ia3", tmp_path / "out")
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert written.keys() == tensors.keys()
+    assert all((written[name] == tensors[name]).all() for name in tensors)
+    shown = onebase("export", "ia3", tmp_path / "merged", "--merged", "--base", base).stdout
+    assert "model.layers.0.self_attn.o_proj" in shown
+
+
+@pytest.mark.usefixtures("published")
+def test_an_alora_is_written_as_it_came_but_merged_into_no_weights(onebase, base, adapter, tmp_path):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"alora_invocation_tokens": [5, 7]}))
+    onebase("publish", "alora", adapter, "--base", base)
+    onebase("export", "alora", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["alora_invocation_tokens"] == [5, 7]
+    refused = onebase("export", "alora", tmp_path / "merged", "--merged", "--base", base, exit_code=1)
+    assert "aLoRA" in refused.stderr
+    assert not (tmp_path / "merged").exists()
+
+
+def test_on_a_base_whose_checkpoint_is_fused_an_adapter_names_the_fused_linears(onebase, base, adapter, tmp_path):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "phi3"}))
+    source = load_file(adapter / "adapter_model.safetensors")
+    query = {name.replace("o_proj", "q_proj"): tensor for name, tensor in source.items()}
+    save_file(query, adapter / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj"]}))
+    onebase("publish", "pirate", adapter, "--base", base)
+    onebase("export", "pirate", tmp_path / "out")
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    module = "base_model.model.model.layers.0.self_attn.qkv_proj"
+    assert written.keys() == {f"{module}.lora_A.weight", f"{module}.lora_B.weight"}
+    np.testing.assert_array_equal(written[f"{module}.lora_B.weight"], [[1] * 4] * 32 + [[0] * 4] * 32)
 
 
 @pytest.mark.usefixtures("published")
@@ -77,5 +106,5 @@ def test_virtual_tokens_are_listed_and_written_but_merged_into_no_weights(onebas
     onebase("export", "prefixed", tmp_path / "out")
     np.testing.assert_array_equal(load_file(tmp_path / "out" / "adapter_model.safetensors")["prompt_embeddings"], rows)
     refused = onebase("export", "prefixed", tmp_path / "merged", "--merged", "--base", base, exit_code=1)
-    assert "prefixed is virtual tokens" in refused.stderr
+    assert "virtual tokens, which cannot be merged" in refused.stderr
     assert not (tmp_path / "merged").exists()
