@@ -180,7 +180,7 @@ class Adapter:
         object.__setattr__(self, "epilogues", MappingProxyType(dict(sorted(self.epilogues.items()))))
 
     def require_exportable(self) -> None:
-        """Raise UnsupportedAdapter if the adapter has what is written in no form yet."""
+        """Raise UnsupportedAdapter for what no export writes."""
         if self.vocabulary:
             raise UnsupportedAdapter(f"The adapter changes {self.vocabulary}, so it can be served, but not exported.")
 

@@ -1,7 +1,8 @@
 """Several LoRA adapters merged offline into one, by the methods of PEFT's `add_weighted_adapter`.
 
 A linear that only some of the adapters touch is merged from those. Everything is computed in float32, and the scales of
-the sources are folded in, so the result's are 1. It knows nothing of names, versions or files.
+the sources are folded in, so the result's are 1. What is added to outputs (`lora_bias`) is added up by weight. It knows
+nothing of names, versions or files.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from .adapter import Adapter, InvalidMerge, LowRankPair, ModuleKey
+from .adapter import Adapter, Epilogue, InvalidMerge, LowRankPair, ModuleKey
 
 MergeMethod = Literal["cat", "linear", "svd", "ties", "dare_linear", "dare_ties"]
 """How updates become one, by PEFT's names:
@@ -29,6 +30,9 @@ SignElection = Literal["total", "frequency"]
 Matrix = NDArray[np.float32]
 OnProgress = Callable[[int, int], None]
 """Called with how many linears are merged and how many there are."""
+
+_KINDS = {"magnitude": "DoRA", "factor": "(IA)³", "bias": "a bias of its own"}
+"""What the vectors of an epilogue are that cannot be added up."""
 
 _PRUNING = frozenset({"ties", "dare_linear", "dare_ties"})
 _MATRIX_WISE = _PRUNING | {"linear"}
@@ -82,8 +86,8 @@ def merge_adapters(
     """Merge adapters of one base; a single one is multiplied by its weight.
 
     Raises:
-        InvalidMerge: there is none, one is no LoRA, a weight is not finite, or the ranks of a linear differ where the
-            method merges A with A and B with B.
+        InvalidMerge: there is none, one is no LoRA, a weight is not finite, the ranks of a linear differ where the
+            method merges A with A and B with B, or one has a `lora_bias` where it prunes.
     """
     if not sources:
         raise InvalidMerge("A merge takes at least one adapter.")
@@ -91,6 +95,12 @@ def merge_adapters(
         require_lora(source.adapter)
     if not all(np.isfinite(source.weight) for source in sources):
         raise InvalidMerge("The weights of a merge are finite numbers.")
+    shifts = _merge_shifts(sources)
+    if shifts and recipe.method in _PRUNING:
+        raise InvalidMerge(
+            f"The method {recipe.method} prunes matrices, but {next(iter(shifts))} has a lora_bias too. Adapters with "
+            "one can be merged by cat, svd and linear."
+        )
     rank = recipe.rank or max(source.adapter.rank for source in sources)
     rng = np.random.default_rng(recipe.seed)
     keys = sorted({key for source in sources for key in source.adapter.pairs})
@@ -99,11 +109,11 @@ def merge_adapters(
         pairs[key] = _merge_pairs(_pairs_of(key, sources), key, recipe, rank, rng)
         if on_progress:
             on_progress(number, len(keys))
-    return Adapter(pairs)
+    return Adapter(pairs, shifts)
 
 
 def require_lora(adapter: Adapter) -> None:
-    """Raise InvalidMerge for an adapter that is not the sum of low-rank updates alone."""
+    """Raise InvalidMerge for an adapter that does more than to add low-rank updates, and vectors, to outputs."""
     if adapter.prefix:
         raise InvalidMerge(
             "Virtual tokens (prefix-tuning, prompt tuning and their kin) cannot be merged; only LoRA can."
@@ -112,11 +122,21 @@ def require_lora(adapter: Adapter) -> None:
         raise InvalidMerge("An aLoRA computes behind its invocation tokens alone and cannot be merged; only LoRA can.")
     if adapter.vocabulary:
         raise InvalidMerge(f"What the adapter makes of {adapter.vocabulary} cannot be merged; only LoRA of layers can.")
-    if adapter.epilogues:
-        raise InvalidMerge(
-            f"What follows the update of {next(iter(adapter.epilogues))} (DoRA, (IA)³, biases) cannot be merged; "
-            "only LoRA can."
-        )
+    for key, epilogue in adapter.epilogues.items():
+        if others := sorted(epilogue.vectors.keys() - {"shift"}):
+            raise InvalidMerge(
+                f"What follows the update of {key} ({' and '.join(_KINDS[name] for name in others)}) cannot be merged; "
+                "only LoRA can."
+            )
+
+
+def _merge_shifts(sources: Sequence[WeightedAdapter]) -> dict[ModuleKey, Epilogue]:
+    shifts: dict[ModuleKey, Matrix] = {}
+    for adapter, weight in sources:
+        for key, epilogue in adapter.epilogues.items():
+            if epilogue.shift is not None:
+                shifts[key] = shifts.get(key, np.float32(0)) + np.float32(weight) * epilogue.shift.astype(np.float32)
+    return {key: Epilogue(shift=shift) for key, shift in shifts.items()}
 
 
 def _pairs_of(key: ModuleKey, sources: Sequence[WeightedAdapter]) -> list[_WeightedPair]:

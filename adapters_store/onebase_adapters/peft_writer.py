@@ -26,8 +26,10 @@ def write_peft(adapter: Adapter, directory: Path, *, base_name: str) -> None:
     fused modules as their parts (`fused_projections` makes them whole).
 
     Raises:
-        UnsupportedAdapter: none of PEFT's kinds does all that the adapter does; the text names a linear.
+        UnsupportedAdapter: none of PEFT's kinds does all that the adapter does, or it changes the vocabulary; the text
+            says where.
     """
+    adapter.require_exportable()
     config, tensors = _content(adapter)
     directory.mkdir(parents=True, exist_ok=True)
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}

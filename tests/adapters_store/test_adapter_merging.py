@@ -20,6 +20,7 @@ from onebase_adapters.adapter import (
 )
 from onebase_adapters.adapter_merging import MergeRecipe, WeightedAdapter, merge_adapters
 from onebase_adapters.peft_format import parse
+from onebase_adapters.peft_writer import write_peft
 
 from .conftest import LAYOUT
 
@@ -118,6 +119,30 @@ def test_cat_takes_no_more_rank_than_each_linear_needs(tmp_path):
     }
 
 
+def test_adapters_with_a_lora_bias_become_one_that_answers_as_all_of_them_at_once(tmp_path):
+    configs = {name: options | {"lora_bias": True} for name, options in UNLIKE.items()}
+    model = peft_model(configs)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name and name.endswith("bias"):
+                torch.nn.init.normal_(parameter)
+    merged = merge_adapters([WeightedAdapter(saved(model, name, tmp_path), 1.0) for name in configs], MergeRecipe())
+    write_peft(merged, tmp_path / "merged", base_name="tiny")
+    model.base_model.set_adapter(list(configs))
+    model.load_adapter(tmp_path / "merged", "merged")
+    tokens = torch.arange(16).unsqueeze(0)
+    with torch.inference_mode():
+        expected = model.eval()(tokens).logits
+        model.set_adapter("merged")
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_lora_bias_counts_by_its_adapters_weight():
+    key = ModuleKey(1, "k_proj")
+    sources = [WeightedAdapter(Adapter({}, {key: Epilogue(shift=np.full(8, 4, np.float16))}), w) for w in (0.5, -2)]
+    np.testing.assert_array_equal(merge_adapters(sources, MergeRecipe("svd")).epilogues[key].shift, np.full(8, -6))
+
+
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
 def test_dare_is_pefts_where_the_same_numbers_are_dropped(method, tmp_path, monkeypatch):
     rng = np.random.default_rng(5)
@@ -179,7 +204,13 @@ def test_what_cannot_be_merged_is_refused_with_the_reason():
         merge_adapters([], MergeRecipe())
     with pytest.raises(InvalidMerge, match="finite"):
         merge_adapters([small, WeightedAdapter(ones(4), float("nan"))], MergeRecipe())
-    factor = Epilogue(factor=np.ones(8, np.float32))
-    scaled = WeightedAdapter(Adapter({}, {ModuleKey(1, "k_proj"): factor}), 1.0)
-    with pytest.raises(InvalidMerge, match=r"What follows the update of layers\.1\.k_proj"):
-        merge_adapters([small, scaled], MergeRecipe("cat"))
+    vectors = {"magnitude": "DoRA", "factor": r"\(IA\)³", "bias": "a bias of its own"}
+    for vector, kind in vectors.items():
+        epilogue = Epilogue(**{vector: np.ones(8, np.float32)})
+        with pytest.raises(InvalidMerge, match=rf"What follows the update of layers\.1\.k_proj \({kind}\)"):
+            merge_adapters(
+                [small, WeightedAdapter(Adapter({}, {ModuleKey(1, "k_proj"): epilogue}), 1.0)], MergeRecipe()
+            )
+    shifted = WeightedAdapter(Adapter({}, {ModuleKey(1, "k_proj"): Epilogue(shift=np.ones(8, np.float32))}), 1.0)
+    with pytest.raises(InvalidMerge, match=r"ties prunes .* layers\.1\.k_proj has a lora_bias"):
+        merge_adapters([small, shifted], MergeRecipe("ties", density=0.5))

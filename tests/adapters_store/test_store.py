@@ -325,10 +325,11 @@ class TestVerify:
 
 
 def test_a_layout_survives_the_catalogue(tmp_path):
-    layout = BaseLayout(1, {"z_proj": (3, 5), "a_proj": (7, 5)})
+    layout = BaseLayout(1, {"z_proj": (3, 5), "a_proj": (7, 5)}, is_fused=True)
     AdapterStore.open(tmp_path / "store", layout, base_name="b").close()
     opened = AdapterStore.open(tmp_path / "store")
     assert (opened.layout, opened.layout.projections) == (layout, ("z_proj", "a_proj"))
+    assert opened.layout.is_fused
     opened.close()
 
 

@@ -111,3 +111,21 @@ def test_links_between_documents_lead_somewhere(document):
         assert target.exists(), link
         if anchor:
             assert anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_tests_that_a_document_names_exist(document):
+    text = document.read_text(encoding="utf-8")
+    sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")}
+    tests = set(re.findall(r"def (test_\w+)", "\n".join(sources.values())))
+    assert set(re.findall(r"`(test_\w+)(?:\[[^`]*\])?`", text)) <= tests
+    assert {ROOT / name for name in re.findall(r"`(tests/[\w/]+\.py)`", text)} <= sources.keys()
+
+
+def test_the_kinds_in_the_adapters_document_are_those_that_are_compared_with_peft():
+    kinds = section(read("docs/adapters.md"), "What is carried").partition("### Kinds that change linears")[2]
+    table = kinds.partition("\n### ")[0].partition("\nThe two forms")[0]
+    named = {name for row in rows(table) for name in re.findall(r"`([^`]+)`", row[-1])}
+    compared = read("tests/end_to_end/test_adapter_kinds.py").partition("FUSED_KINDS")[0]
+    assert named <= set(re.findall(r'"([^"\n]+)"', compared))
+    assert set(re.findall(r'^    "([^"\n]+)": lambda', compared, re.MULTILINE)) - named <= {"some layers", "exclusions"}
