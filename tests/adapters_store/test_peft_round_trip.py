@@ -12,7 +12,15 @@ from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_p
 from torch import Tensor
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from onebase_adapters.adapter import Adapter, Epilogue, LowRankPair, ModuleKey, UnsupportedAdapter
+from onebase_adapters.adapter import (
+    Adapter,
+    Epilogue,
+    LowRankPair,
+    ModuleKey,
+    TokenMatrix,
+    UnsupportedAdapter,
+    Vocabulary,
+)
 from onebase_adapters.fused_projections import fuse_projections
 from onebase_adapters.peft_format import parse
 from onebase_adapters.peft_writer import write_peft
@@ -202,6 +210,7 @@ WIDE, NARROW = np.ones(32, np.float32), np.ones(16, np.float32)
     [
         (Adapter({Q: pair("q_proj", 4)}, {K: Epilogue(factor=NARROW)}), r"factor for layers\.0\.k_proj"),
         (Adapter({Q: pair("q_proj", 4)}, {K: Epilogue(shift=NARROW)}), r"shift for layers\.0\.k_proj"),
+        (Adapter({Q: pair("q_proj", 4)}, vocabulary=Vocabulary(head=TokenMatrix(pair=pair("q_proj", 4)))), "lm_head"),
         (Adapter({}, {K: Epilogue(bias=NARROW)}), r"bias for layers\.0\.k_proj"),
         (
             Adapter({Q: pair("q_proj", 4), K: pair("k_proj", 4)}, {Q: Epilogue(magnitude=WIDE)}),
@@ -212,7 +221,7 @@ WIDE, NARROW = np.ones(32, np.float32), np.ones(16, np.float32)
             r"magnitude and shift for layers\.0\.q_proj",
         ),
     ],
-    ids=["factor", "shift", "bias alone", "some magnitudes", "magnitude and shift"],
+    ids=["factor", "shift", "vocabulary", "bias alone", "some magnitudes", "magnitude and shift"],
 )
 def test_what_no_kind_of_pefts_has_is_refused_and_nothing_written(adapter, reason, tmp_path):
     with pytest.raises(UnsupportedAdapter, match=reason):
