@@ -11,7 +11,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 from onebase_kernels import reference
 from onebase_kernels.backends import BackendName, BackendUnavailable, best_backend, check_backend
-from onebase_kernels.batch import TABLE_COLUMNS, AttentionBatch, LoraBatch, SamplingBatch, Segment, StepInputs
+from onebase_kernels.batch import TABLE_COLUMNS, AttentionBatch, LoraBatch, Matrix, SamplingBatch, Segment, StepInputs
 from onebase_kernels.int4 import Int4Weight, dequantize_int4, quantize_int4
 from onebase_kernels.nf4 import NestedScales, Nf4Group, Nf4Weight, PackedNf4, dequantize_nf4, quantize_nf4
 
@@ -22,6 +22,7 @@ __all__ = [
     "BackendUnavailable",
     "Int4Weight",
     "LoraBatch",
+    "Matrix",
     "NestedScales",
     "Nf4Group",
     "Nf4Weight",
@@ -37,6 +38,7 @@ __all__ = [
     "apply_rope_",
     "best_backend",
     "choose_tokens",
+    "copy_matrices_",
     "dense_linear",
     "dequantize_int4",
     "dequantize_nf4",
@@ -98,6 +100,7 @@ nf4_linear = _dispatched(reference.nf4_linear)
 dense_linear = _dispatched(reference.dense_linear)
 start_lora = _dispatched(reference.start_lora)
 add_lora_ = _dispatched(reference.add_lora_)
+copy_matrices_ = _dispatched(reference.copy_matrices_)
 write_kv_ = _dispatched(reference.write_kv_)
 paged_attention = _dispatched(reference.paged_attention)
 rms_norm = _dispatched(reference.rms_norm)
@@ -114,7 +117,7 @@ set_num_threads = _dispatched(reference.set_num_threads)
 
 OPS = (
     *(pack_nf4, unpack_nf4, pack_dense, allocate, allocate_kv, record, set_num_threads),
-    *(embed, nf4_linear, dense_linear, start_lora, add_lora_, write_kv_, paged_attention),
+    *(embed, nf4_linear, dense_linear, start_lora, add_lora_, copy_matrices_, write_kv_, paged_attention),
     *(rms_norm, add_rms_norm_, add_, layer_norm, apply_rope_, silu_mul, gelu_mul, softcap_),
     *(head_logits, choose_tokens),
 )

@@ -23,6 +23,18 @@ TABLE_COLUMNS = 5
 """Of a row of `LoraBatch.table`."""
 
 
+class Matrix(NamedTuple):
+    """One of an adapter's matrices or vectors, to be laid out as `add_lora_` reads it."""
+
+    source: Tensor
+    """[rows, columns] on the host, in any dtype."""
+    offset: int
+    """Where it begins in the target."""
+    scale: float = 1.0
+    """What it is multiplied by, before it is rounded to the target's dtype."""
+    is_transposed: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class LoraBatch:
     """Which tokens of the step use which adapter, and where adapters lie; `add_lora_` says how they are laid out."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from onebase_kernels.batch import AttentionBatch, LoraBatch, SamplingBatch, StepInputs
+from onebase_kernels.batch import AttentionBatch, LoraBatch, Matrix, SamplingBatch, StepInputs
 from onebase_kernels.nf4 import Nf4Group, Nf4Weight, PackedNf4, dequantize_nf4, join_linears, unpacked
 
 
@@ -90,6 +90,14 @@ def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequenc
     """
     for slot, start, stop in lora.segments:
         add_adapter_(y[start:stop], x[start:stop], lora.arena, lora.table[place, slot], widths, torch.float32)
+
+
+def copy_matrices_(target: Tensor, matrices: Sequence[Matrix]) -> None:
+    """Lay an adapter's matrices out in `target` [E] on the host: each at its offset, scaled and turned as it says."""
+    for source, offset, scale, is_transposed in matrices:
+        matrix = source.float() * scale if scale != 1 else source
+        matrix = matrix.T if is_transposed else matrix
+        target[offset : offset + matrix.numel()].view(matrix.shape).copy_(matrix)
 
 
 def add_adapter_(

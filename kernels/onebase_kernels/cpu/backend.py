@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from onebase_kernels import reference, sdpa_attention
-from onebase_kernels.batch import AttentionBatch, LoraBatch, SamplingBatch, StepInputs
+from onebase_kernels.batch import AttentionBatch, LoraBatch, Matrix, SamplingBatch, StepInputs
 from onebase_kernels.cpu import calls, execution, memory
 from onebase_kernels.cpu.calls import DTYPES, Step
 from onebase_kernels.cpu.execution import empty, run
@@ -22,6 +22,8 @@ from onebase_kernels.nf4 import Nf4Weight, PackedNf4
 _LANES = 16
 _HEAD_SIZES = frozenset({16, 32, 48, 64, 80, 96, 128, 192, 256})
 """attention.cpp has one function for each."""
+_READ = {**DTYPES, torch.float16: calls.FLOAT16}
+"""What `copy_matrices_` reads."""
 
 
 def pack_nf4(weights: Sequence[Nf4Weight]) -> PackedNf4:
@@ -164,6 +166,22 @@ def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequenc
     step = Step(rows=x.shape[0])
     execution.add_segments(step, lora)
     run(call, step)
+
+
+def copy_matrices_(target: Tensor, matrices: Sequence[Matrix]) -> None:
+    """As `reference.copy_matrices_`, in one call, during which other threads may compute."""
+    sources = [matrix.source for matrix in matrices]
+    if target.dtype not in DTYPES or not _are_plain(target, *sources) or any(x.dtype not in _READ for x in sources):
+        reference.copy_matrices_(target, matrices)
+        return
+    array = (calls.Matrix * len(matrices))(
+        *(
+            calls.Matrix(source.data_ptr(), *source.shape, offset, scale, _READ[source.dtype], is_transposed)
+            for source, offset, scale, is_transposed in matrices
+        )
+    )
+    code = DTYPES[target.dtype]
+    execution.library.onebase_copy_matrices(ctypes.byref(array), len(matrices), target.data_ptr(), code)
 
 
 @cache  # a model has but a few, and programs point to them

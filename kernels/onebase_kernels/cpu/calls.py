@@ -5,9 +5,10 @@ from collections.abc import Mapping
 
 import torch
 
-FLOAT32, BFLOAT16 = 0, 1
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 """Element types in the C interface; simd.h has the same numbers."""
 DTYPES: Mapping[torch.dtype, int] = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+"""What is computed in."""
 
 Pointer = ctypes.c_void_p
 Int = ctypes.c_int64
@@ -97,6 +98,20 @@ class AddLora(ctypes.Structure):
         ("num_outputs", Int),
         ("place", Int),
         ("dtype", Code),
+    )
+
+
+class Matrix(ctypes.Structure):
+    """copy_matrices.cpp."""
+
+    _fields_ = (
+        ("source", Pointer),
+        ("rows", Int),
+        ("columns", Int),
+        ("offset", Int),
+        ("scale", Float),
+        ("dtype", Code),
+        ("is_transposed", Code),
     )
 
 

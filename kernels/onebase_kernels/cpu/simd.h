@@ -25,6 +25,11 @@ struct BFloat16 {
     uint16_t bits;
 };
 
+// Only read: nothing computes in it.
+struct Float16 {
+    _Float16 value;
+};
+
 template <class Vector, class T>
 inline Vector load_raw(const T* from) {
     Vector v;
@@ -48,6 +53,15 @@ inline U16x16 narrow(F32x16 v) {
 
 inline F32x16 load(const float* from) { return load_raw<F32x16>(from); }
 inline F32x16 load(const BFloat16* from) { return widen(load_raw<U16x16>(from)); }
+inline F32x16 load(const Float16* from) {
+#if defined(__AVX512F__)
+    return (F32x16)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#else
+    F32x16 v;
+    for (int i = 0; i < LANES; i++) v[i] = float(from[i].value);
+    return v;
+#endif
+}
 inline void store(float* to, F32x16 v) { std::memcpy(to, &v, sizeof v); }
 inline void store(BFloat16* to, F32x16 v) {
     const U16x16 bits = narrow(v);
@@ -62,6 +76,7 @@ inline float load_one(const BFloat16* from) {
     std::memcpy(&value, &bits, 4);
     return value;
 }
+inline float load_one(const Float16* from) { return float(from->value); }
 inline void store_one(float* to, float value) { *to = value; }
 inline void store_one(BFloat16* to, float value) {
     uint32_t bits;
@@ -170,8 +185,9 @@ inline F32x16 tanh(F32x16 x) {
     return x < 0 ? -magnitude : magnitude;
 }
 
-// Calls `body.template operator()<T>()` with the element type that a dtype code of the C interface stands for.
-enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
+enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+// Calls `body.template operator()<T>()` with the element type, which is computed in, that a code of the C interface is.
 
 template <class Body>
 inline void dispatch(int32_t dtype, Body body) {

@@ -3,23 +3,23 @@
 The layout is the contract of `onebase_kernels.add_lora_`. It knows nothing of the arena that the run is copied into.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+import onebase_kernels as kernels
 from onebase_adapters.adapter import Adapter, LowRankPair, ModuleKey
-from onebase_kernels import TABLE_COLUMNS
+from onebase_kernels import TABLE_COLUMNS, Matrix
 from onebase_server.engine.epilogue import gain_and_shift
-from onebase_server.model.arrays import as_tensor, float32
+from onebase_server.model.arrays import as_tensor
 from onebase_server.model.config import ModelConfig
 from onebase_server.model.linear import LinearGroup
 
 RANKS = slice(1, 4)
 """The columns of the table that hold ranks."""
-EPILOGUES = 4
-"""The column that holds a bit for each slice with an epilogue."""
+MAX_SLICES = RANKS.stop - RANKS.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,28 +45,34 @@ def pack_adapter(
 
     `base` holds the base's groups by place, for what an epilogue needs of them.
     """
-    numbers = torch.empty(adapter.num_parameters, dtype=dtype)
-    table = torch.zeros(config.num_layers, len(config.projection_groups), TABLE_COLUMNS, dtype=torch.int64)
+    rows: list[tuple[int, ...]] = []
+    matrices: list[Matrix] = []
     end = 0
     for layer in range(config.num_layers):
-        for index, group in enumerate(config.projection_groups):
+        for group in config.projection_groups:
             keys = [ModuleKey(layer, projection) for projection in group.projections]
             pairs = [adapter.pairs.get(key) for key in keys]
-            ranks = [pair.rank if pair else 0 for pair in pairs]
-            table[layer, index, : 1 + len(ranks)] = torch.tensor([end, *ranks])
-            vectors = []
-            for i, key in enumerate(keys):
-                if key in adapter.epilogues:
-                    place = base[layer * len(config.projection_groups) + index]
-                    vectors.append(gain_and_shift(adapter.epilogues[key], pairs[i], place, i))
-                    table[layer, index, EPILOGUES] |= 1 << i
-            for matrix in (*_matrices([pair for pair in pairs if pair]), *vectors):
-                numbers[end : end + matrix.numel()].view(matrix.shape).copy_(matrix)
-                end += matrix.numel()
-    assert end == numbers.numel(), "all that the adapter has belongs to one of the base's projections"
-    return PackedAdapter(numbers, table)
+            ranks = [pair.rank if pair else 0 for pair in pairs] + [0] * (MAX_SLICES - len(pairs))
+            vectors = {
+                i: gain_and_shift(adapter.epilogues[key], pairs[i], base[len(rows)], i)
+                for i, key in enumerate(keys)
+                if key in adapter.epilogues
+            }
+            rows.append((end, *ranks, sum(1 << i for i in vectors)))
+            for source, scale, is_transposed in (*_matrices(pairs), *((both, 1.0, False) for both in vectors.values())):
+                matrices.append(Matrix(source, end, scale, is_transposed))
+                end += source.numel()
+    assert end == adapter.num_parameters, "all that the adapter has belongs to one of the base's projections"
+    numbers = torch.empty(end, dtype=dtype)
+    kernels.copy_matrices_(numbers, matrices)
+    return PackedAdapter(numbers, torch.tensor(rows).view(config.num_layers, -1, TABLE_COLUMNS))
 
 
-def _matrices(pairs: list[LowRankPair]) -> list[Tensor]:
-    """A group's matrices in the order of the layout; the scale is folded in before rounding to the compute dtype."""
-    return [as_tensor(pair.lora_a) for pair in pairs] + [float32(pair.lora_b).T * pair.scale for pair in pairs]
+def _matrices(pairs: Sequence[LowRankPair | None]) -> Iterator[tuple[Tensor, float, bool]]:
+    """A group's matrices in the order of the layout, each with its scale and whether it is transposed.
+
+    The scale is folded into B, before that is rounded to the compute dtype.
+    """
+    present = [pair for pair in pairs if pair]
+    yield from ((as_tensor(pair.lora_a), 1.0, False) for pair in present)
+    yield from ((as_tensor(pair.lora_b), pair.scale, True) for pair in present)

@@ -26,6 +26,9 @@ from onebase_server.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
 
+GIL_SECONDS = 0.0002
+"""How long the thread that reads adapters may keep the step loop waiting for the interpreter, between two bytecodes."""
+
 
 class Inbox:
     """Messages for the step loop, and a bell that wakes it without one."""
@@ -99,6 +102,7 @@ def main() -> None:
     """Entry point of the process."""
     for name in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the API process decides
         signal.signal(name, signal.SIG_IGN)
+    sys.setswitchinterval(GIL_SECONDS)
     connection = EngineSocket(socket.socket(fileno=int(sys.argv[1])))
     settings = connection.receive_settings()
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s engine: %(message)s")

@@ -1,0 +1,62 @@
+// An adapter's matrices on their way to the arena: converted, scaled, and turned where the kernels read them turned.
+
+#include "simd.h"
+
+namespace onebase {
+
+struct Matrix {
+    const void* source;  // [rows, columns]
+    int64_t rows, columns;
+    int64_t offset;  // in the target
+    float scale;
+    int32_t dtype;  // of the source; FLOAT16 too
+    int32_t is_transposed;
+};
+
+namespace {
+
+template <class From, class To>
+void copy(const From* from, int64_t count, float scale, To* to) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(to + i, load(from + i) * scale);
+    for (; i < count; i++) store_one(to + i, load_one(from + i) * scale);
+}
+
+template <class From, class To>
+void copy_transposed(const From* from, int64_t rows, int64_t columns, float scale, To* to) {
+    int64_t row = 0;
+    for (; row + LANES <= rows; row += LANES)
+        for (int64_t column = 0; column < columns; column++) {
+            F32x16 values;
+            for (int i = 0; i < LANES; i++) values[i] = load_one(from + (row + i) * columns + column);
+            store(to + column * rows + row, values * scale);
+        }
+    for (; row < rows; row++)
+        for (int64_t column = 0; column < columns; column++)
+            store_one(to + column * rows + row, load_one(from + row * columns + column) * scale);
+}
+
+template <class From, class To>
+void copy(const Matrix& matrix, To* target) {
+    const From* from = static_cast<const From*>(matrix.source);
+    To* to = target + matrix.offset;
+    if (matrix.is_transposed) copy_transposed(from, matrix.rows, matrix.columns, matrix.scale, to);
+    else copy(from, matrix.rows * matrix.columns, matrix.scale, to);
+}
+
+}  // namespace
+}  // namespace onebase
+
+// The contract of copy_matrices_ in reference.py; `dtype` is the target's.
+ONEBASE_EXPORT void onebase_copy_matrices(const onebase::Matrix* matrices, int64_t count, void* target, int32_t dtype) {
+    onebase::dispatch(dtype, [&]<class To>() {
+        for (int64_t i = 0; i < count; i++) {
+            const onebase::Matrix& matrix = matrices[i];
+            if (matrix.dtype == onebase::FLOAT16) onebase::copy<onebase::Float16>(matrix, static_cast<To*>(target));
+            else
+                onebase::dispatch(matrix.dtype, [&]<class From>() {
+                    onebase::copy<From>(matrix, static_cast<To*>(target));
+                });
+        }
+    });
+}

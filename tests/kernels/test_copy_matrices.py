@@ -1,0 +1,34 @@
+"""An adapter's matrices are laid out in the target bit by bit as torch would, and nothing beside them is written."""
+
+import pytest
+import torch
+
+import onebase_kernels as kernels
+from onebase_kernels import Matrix
+
+GAP = 3
+
+
+@pytest.mark.parametrize("target_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("source_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_matrices_lie_at_their_offsets_scaled_and_turned(
+    backend: str, source_dtype: torch.dtype, target_dtype: torch.dtype
+) -> None:
+    generator = torch.Generator("cpu").manual_seed(3)
+    shapes = [(8, 64), (1, 5), (50, 3), (32, 16), (2, 17)]
+    sources = [
+        torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).to(source_dtype) for shape in shapes
+    ]
+    matrices, expected, end = [], [], GAP
+    for index, source in enumerate(sources):
+        scale, is_transposed = (1.0, 0.7, 2.0)[index % 3], index % 2 == 0
+        matrices.append(Matrix(source, end, scale, is_transposed))
+        turned = source.T if is_transposed else source
+        expected.append((turned.float() * scale).to(target_dtype).flatten())
+        end += source.numel() + GAP
+    target = torch.full((end,), torch.nan, dtype=target_dtype, device="cpu")
+    kernels.copy_matrices_(target, matrices)
+    for matrix, numbers in zip(matrices, expected, strict=True):
+        assert torch.equal(target[matrix.offset : matrix.offset + numbers.numel()], numbers)
+        assert target[matrix.offset - GAP : matrix.offset].isnan().all()
+    assert target[end - GAP :].isnan().all()
