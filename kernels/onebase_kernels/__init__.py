@@ -12,24 +12,28 @@ from typing import Any, Literal, ParamSpec, TypeVar
 from onebase_kernels import reference
 from onebase_kernels.backends import BackendName, BackendUnavailable, best_backend, check_backend
 from onebase_kernels.batch import TABLE_COLUMNS, AttentionBatch, LoraBatch, Matrix, SamplingBatch, Segment, StepInputs
+from onebase_kernels.blockwise import BlockwiseWeight, NestedScales, quantize_fp4, quantize_nf4
 from onebase_kernels.int4 import Int4Weight, dequantize_int4, quantize_int4
-from onebase_kernels.nf4 import NestedScales, Nf4Group, Nf4Weight, PackedNf4, dequantize_nf4, quantize_nf4
+from onebase_kernels.int8 import Int8Weight, quantize_int8
+from onebase_kernels.quantized import PackedWeights, QuantizedWeight, WeightGroup, dequantize
 
 __all__ = [
     "TABLE_COLUMNS",
     "AttentionBatch",
     "BackendName",
     "BackendUnavailable",
+    "BlockwiseWeight",
     "Int4Weight",
+    "Int8Weight",
     "LoraBatch",
     "Matrix",
     "NestedScales",
-    "Nf4Group",
-    "Nf4Weight",
-    "PackedNf4",
+    "PackedWeights",
+    "QuantizedWeight",
     "SamplingBatch",
     "Segment",
     "StepInputs",
+    "WeightGroup",
     "add_",
     "add_lora_",
     "add_rms_norm_",
@@ -40,25 +44,27 @@ __all__ = [
     "choose_tokens",
     "copy_matrices_",
     "dense_linear",
+    "dequantize",
     "dequantize_int4",
-    "dequantize_nf4",
     "embed",
     "gelu_mul",
     "head_logits",
     "layer_norm",
-    "nf4_linear",
     "pack_dense",
-    "pack_nf4",
+    "pack_quantized",
     "paged_attention",
+    "quantize_fp4",
     "quantize_int4",
+    "quantize_int8",
     "quantize_nf4",
+    "quantized_linear",
     "record",
     "rms_norm",
     "set_num_threads",
     "silu_mul",
     "softcap_",
     "start_lora",
-    "unpack_nf4",
+    "unpack_quantized",
     "use_backend",
     "write_kv_",
 ]
@@ -89,14 +95,14 @@ def _dispatched(definition: Callable[P, R]) -> Callable[P, R]:
     return op
 
 
-pack_nf4 = _dispatched(reference.pack_nf4)
-unpack_nf4 = _dispatched(reference.unpack_nf4)
+pack_quantized = _dispatched(reference.pack_quantized)
+unpack_quantized = _dispatched(reference.unpack_quantized)
 pack_dense = _dispatched(reference.pack_dense)
 allocate = _dispatched(reference.allocate)
 allocate_kv = _dispatched(reference.allocate_kv)
 record = _dispatched(reference.record)
 embed = _dispatched(reference.embed)
-nf4_linear = _dispatched(reference.nf4_linear)
+quantized_linear = _dispatched(reference.quantized_linear)
 dense_linear = _dispatched(reference.dense_linear)
 start_lora = _dispatched(reference.start_lora)
 add_lora_ = _dispatched(reference.add_lora_)
@@ -116,8 +122,8 @@ choose_tokens = _dispatched(reference.choose_tokens)
 set_num_threads = _dispatched(reference.set_num_threads)
 
 OPS = (
-    *(pack_nf4, unpack_nf4, pack_dense, allocate, allocate_kv, record, set_num_threads),
-    *(embed, nf4_linear, dense_linear, start_lora, add_lora_, copy_matrices_, write_kv_, paged_attention),
+    *(pack_quantized, unpack_quantized, pack_dense, allocate, allocate_kv, record, set_num_threads),
+    *(embed, quantized_linear, dense_linear, start_lora, add_lora_, copy_matrices_, write_kv_, paged_attention),
     *(rms_norm, add_rms_norm_, add_, layer_norm, apply_rope_, silu_mul, gelu_mul, softcap_),
     *(head_logits, choose_tokens),
 )

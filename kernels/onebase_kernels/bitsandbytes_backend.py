@@ -1,4 +1,4 @@
-"""The ops on what is already there: bitsandbytes for NF4, torch's fused attention. Runs on CPU and CUDA."""
+"""The ops on what is already there: bitsandbytes for NF4 and FP4, torch's fused attention. Runs on CPU and CUDA."""
 
 from collections.abc import Sequence
 
@@ -8,16 +8,17 @@ from torch import Tensor
 
 from onebase_kernels import reference
 from onebase_kernels.batch import LoraBatch
-from onebase_kernels.nf4 import BLOCK_SIZE, Nf4Weight, PackedNf4, dequantize_nf4, join_linears
+from onebase_kernels.blockwise import BLOCK_SIZE, BlockwiseWeight
+from onebase_kernels.quantized import PackedWeights, QuantizedWeight, dequantize, join_linears
 from onebase_kernels.sdpa_attention import paged_attention
 
-__all__ = ["add_lora_", "head_logits", "nf4_linear", "paged_attention"]
+__all__ = ["add_lora_", "head_logits", "paged_attention", "quantized_linear"]
 
 _FEW_ROWS = 8
 
 
-def nf4_linear(x: Tensor, packed: PackedNf4, bias: Tensor | None = None) -> Tensor:
-    """As `reference.nf4_linear`, through bitsandbytes' op for 4-bit products."""
+def quantized_linear(x: Tensor, packed: PackedWeights, bias: Tensor | None = None) -> Tensor:
+    """As `reference.quantized_linear`, through bitsandbytes' op for 4-bit products."""
     return join_linears(packed, lambda weight: _linear(x, weight), bias)
 
 
@@ -30,14 +31,15 @@ def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequenc
         reference.add_adapter_(y[start:stop], x[start:stop], lora.arena, lora.table[place, slot], widths, compute_dtype)
 
 
-def head_logits(hidden: Tensor, head: Tensor | PackedNf4) -> Tensor:
+def head_logits(hidden: Tensor, head: Tensor | PackedWeights) -> Tensor:
     """As `reference.head_logits`."""
-    return reference.head_logits(hidden, head) if isinstance(head, Tensor) else nf4_linear(hidden, head).float()
+    return reference.head_logits(hidden, head) if isinstance(head, Tensor) else quantized_linear(hidden, head).float()
 
 
-def _linear(x: Tensor, weight: Nf4Weight) -> Tensor:
-    if weight.shape[1] % BLOCK_SIZE:  # bitsandbytes' AVX-512 code takes wrong scales where a block crosses rows
-        return torch.nn.functional.linear(x, dequantize_nf4(weight, x.dtype))
+def _linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    # bitsandbytes' AVX-512 code takes wrong scales where a block crosses rows.
+    if not isinstance(weight, BlockwiseWeight) or weight.shape[1] % BLOCK_SIZE:
+        return torch.nn.functional.linear(x, dequantize(weight, x.dtype))
     nested = weight.nested
     result: Tensor = torch.ops.bitsandbytes.gemm_4bit.default(
         x,
@@ -45,7 +47,7 @@ def _linear(x: Tensor, weight: Nf4Weight) -> Tensor:
         weight.shape,
         nested.absmax if nested else weight.absmax,
         BLOCK_SIZE,
-        "nf4",
+        weight.codebook.name,
         absmax_8bit=weight.absmax if nested else None,
         absmax_code=nested.quant_map if nested else None,
         absmax_offset=nested.offset if nested else None,

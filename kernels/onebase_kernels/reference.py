@@ -10,16 +10,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from onebase_kernels.batch import AttentionBatch, LoraBatch, Matrix, SamplingBatch, StepInputs
-from onebase_kernels.nf4 import Nf4Group, Nf4Weight, PackedNf4, dequantize_nf4, join_linears, unpacked
+from onebase_kernels.quantized import (
+    PackedWeights,
+    QuantizedWeight,
+    WeightGroup,
+    dequantize,
+    join_linears,
+    unpacked,
+)
 
 
-def pack_nf4(weights: Sequence[Nf4Weight]) -> PackedNf4:
-    """Weights [Nᵢ, K] of a projection group, once at load, in the order in which `nf4_linear` reads them fastest."""
-    return Nf4Group(tuple(weights))
+def pack_quantized(weights: Sequence[QuantizedWeight]) -> PackedWeights:
+    """Weights [Nᵢ, K] of a projection group, once at load, as `quantized_linear` reads them fastest."""
+    return WeightGroup(tuple(weights))
 
 
-def unpack_nf4(packed: PackedNf4) -> tuple[Nf4Weight, ...]:
-    """The weights that the same back end's `pack_nf4` was given, or ones that dequantise to the same numbers."""
+def unpack_quantized(packed: PackedWeights) -> tuple[QuantizedWeight, ...]:
+    """The weights that the same back end's `pack_quantized` was given, or ones that dequantise to the same numbers."""
     return unpacked(packed).weights
 
 
@@ -55,12 +62,12 @@ def embed(token_ids: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
     return rows if scale == 1 else rows * scale
 
 
-def nf4_linear(x: Tensor, packed: PackedNf4, bias: Tensor | None = None) -> Tensor:
-    """`yᵢ = x Wᵢᵀ + bᵢ`, side by side: x [T, K], Wᵢ [Nᵢ, K] in NF4, bias [ΣNᵢ] → y [T, ΣNᵢ], in x's dtype.
+def quantized_linear(x: Tensor, packed: PackedWeights, bias: Tensor | None = None) -> Tensor:
+    """`yᵢ = x Wᵢᵀ + bᵢ`, side by side: x [T, K], Wᵢ [Nᵢ, K] quantised, bias [ΣNᵢ] → y [T, ΣNᵢ], in x's dtype.
 
-    `packed` is what the same back end's `pack_nf4` made of the weights.
+    `packed` is what the same back end's `pack_quantized` made of the weights.
     """
-    return join_linears(packed, lambda weight: F.linear(x, dequantize_nf4(weight, x.dtype)), bias)
+    return join_linears(packed, lambda weight: F.linear(x, dequantize(weight, x.dtype)), bias)
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -210,9 +217,9 @@ def apply_rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tenso
         rotated.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
 
 
-def head_logits(hidden: Tensor, head: Tensor | PackedNf4) -> Tensor:
+def head_logits(hidden: Tensor, head: Tensor | PackedWeights) -> Tensor:
     """`hidden Wᵀ` in fp32: hidden [R, K], the output head W [V, K], dense or packed NF4 → [R, V]."""
-    return (F.linear(hidden, head) if isinstance(head, Tensor) else nf4_linear(hidden, head)).float()
+    return (F.linear(hidden, head) if isinstance(head, Tensor) else quantized_linear(hidden, head)).float()
 
 
 def softcap_(scores: Tensor, cap: float) -> None:

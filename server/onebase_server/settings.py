@@ -7,7 +7,7 @@ import ipaddress
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -30,8 +30,15 @@ class EngineSettings(BaseModel):
     )
 
     # how to compute
-    quantization: Literal["nf4", "none"] = Field("nf4", description="How the base's linears are kept.")
-    double_quant: bool = Field(True, description="Quantise the NF4 block scales too (4.127 bits a parameter).")
+    quantization: Literal["nf4", "fp4", "int4", "int8", "none"] = Field(
+        "nf4", description="How the base's linears are kept."
+    )
+    double_quant: bool = Field(
+        True, description="With nf4 and fp4: quantise the block scales too (4.127 bits a parameter)."
+    )
+    group_size: int = Field(
+        64, description="With int4: how many inputs share a scale and a minimum, 32, 64 or 128 (4.75 bits a parameter)."
+    )
     quantize_head: bool = Field(False, description="Keep the output head in NF4 too: less to read, coarser logits.")
     dtype: Literal["bfloat16", "float32", "float16"] = Field("bfloat16", description="Compute and KV dtype.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute.")
@@ -47,6 +54,13 @@ class EngineSettings(BaseModel):
     prefix_cache: bool = Field(True, description="Reuse the KV blocks of prompts that start alike.")
     adapter_memory: ByteSize = Field(ByteSize(256 << 20), ge=1, description="Bytes of adapters on the device.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What to log.")
+
+    @field_validator("group_size")
+    @classmethod
+    def _refuse_other_groups(cls, value: int) -> int:
+        if value not in (32, 64, 128):
+            raise ValueError(f"groups have 32, 64 or 128 inputs, not {value}")
+        return value
 
 
 class Settings(BaseSettings, EngineSettings):

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from onebase_adapters.store import AdapterStore
-from onebase_kernels import dequantize_nf4, quantize_nf4, use_backend
+from onebase_kernels import dequantize, quantize_nf4, use_backend
 from onebase_server.engine.core import Engine
 from onebase_server.model.weights import load_decoder
 from onebase_server.settings import EngineSettings
@@ -56,7 +56,7 @@ ADAPTERS = (*LORAS, "prompt")
 
 
 def rounded_to_nf4(weight: Tensor) -> Tensor:
-    return dequantize_nf4(quantize_nf4(weight, double_quant=False), torch.float32)
+    return dequantize(quantize_nf4(weight, double_quant=False), torch.float32)
 
 
 def round_linears_to_nf4(model: PreTrainedModel) -> None:

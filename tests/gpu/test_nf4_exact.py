@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from onebase_kernels.nf4 import BLOCK_SIZE, Nf4Weight
+from onebase_kernels.blockwise import BLOCK_SIZE, BlockwiseWeight
 from onebase_kernels.triton.nf4_decode import CODEBOOKS, RECODED, operands
 from onebase_kernels.triton.nf4_linear import fused_linear
 from onebase_kernels.triton.nf4_packing import FragmentNf4, pack
@@ -27,16 +27,16 @@ CUTS = [
 
 
 @cache
-def whole_weights(n: int, k: int) -> tuple[Nf4Weight, FragmentNf4]:
+def whole_weights(n: int, k: int) -> tuple[BlockwiseWeight, FragmentNf4]:
     """Random codes, with powers of two for scales."""
     generator = torch.Generator("cuda").manual_seed(n + k)
     codes = torch.randint(256, (n * k // 2,), dtype=torch.uint8, generator=generator)
     scales = 2.0 ** torch.randint(3, (n * k // BLOCK_SIZE,), generator=generator)
-    weight = Nf4Weight(codes, scales.float(), (n, k))
+    weight = BlockwiseWeight(codes, scales.float(), (n, k))
     return weight, pack([weight])
 
 
-def exact_product(x: Tensor, weight: Nf4Weight) -> Tensor:
+def exact_product(x: Tensor, weight: BlockwiseWeight) -> Tensor:
     """What the kernel computes, in fp64: whole numbers, and two roundings, to fp32 and to x's type."""
     codebook = CODEBOOKS[x.dtype]
     multiples = (operands(x.dtype).double() / codebook.smallest)[list(RECODED)].to(x.device)

@@ -36,8 +36,8 @@ class SmallModel:
         )
 
     @staticmethod
-    def packed(outputs: int, inputs: int) -> kernels.PackedNf4:
-        return kernels.pack_nf4([kernels.quantize_nf4(torch.randn(outputs, inputs) / 8)])
+    def packed(outputs: int, inputs: int) -> kernels.PackedWeights:
+        return kernels.pack_quantized([kernels.quantize_nf4(torch.randn(outputs, inputs) / 8)])
 
     def forward(self, inputs: StepInputs) -> Tensor:
         rows = inputs.token_ids.shape[0]
@@ -45,7 +45,7 @@ class SmallModel:
         normed = kernels.rms_norm(hidden, self.norm, 1e-5)
         for layer in range(LAYERS):
             started = kernels.start_lora(normed, inputs.lora, layer)
-            qkv = kernels.nf4_linear(normed, self.qkv[layer], self.bias)
+            qkv = kernels.quantized_linear(normed, self.qkv[layer], self.bias)
             kernels.add_lora_(qkv, normed, inputs.lora, layer, (HIDDEN, 32, 32), started)
             q, k, v = torch.split(qkv.view(rows, -1, HEAD_DIM), [HEADS, KV_HEADS, KV_HEADS], dim=1)
             q = kernels.rms_norm(q, self.head_norm, 1e-5)
@@ -53,11 +53,13 @@ class SmallModel:
             k_cache, v_cache = self.k_caches[layer], self.v_caches[layer]
             kernels.write_kv_(k, v, k_cache, v_cache, inputs.attention)
             attended = kernels.paged_attention(q, k_cache, v_cache, inputs.attention, 0.25, softcap=2.0)
-            delta = kernels.nf4_linear(attended.view(rows, HIDDEN), self.o[layer])
+            delta = kernels.quantized_linear(attended.view(rows, HIDDEN), self.o[layer])
             normed = kernels.add_rms_norm_(hidden, delta, self.norm, 1e-5)
             activation = (kernels.silu_mul, kernels.gelu_mul)[layer]
-            activated = activation(kernels.nf4_linear(normed, self.gate_up[layer]))
-            normed = kernels.add_rms_norm_(hidden, kernels.nf4_linear(activated, self.down[layer]), self.norm, 1e-5)
+            activated = activation(kernels.quantized_linear(normed, self.gate_up[layer]))
+            normed = kernels.add_rms_norm_(
+                hidden, kernels.quantized_linear(activated, self.down[layer]), self.norm, 1e-5
+            )
         kernels.add_(hidden, normed, 0.5)
         return kernels.layer_norm(hidden, self.norm, None, 1e-5)
 

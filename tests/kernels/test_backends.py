@@ -85,7 +85,7 @@ import sys
 sys.modules["bitsandbytes"] = None  # importing it fails
 import torch, onebase_kernels as kernels
 kernels.use_backend("triton", "cuda" if torch.cuda.is_available() else "cpu")
-assert kernels.pack_nf4([kernels.quantize_nf4(torch.ones(3, 4))]).num_parameters == 12
+assert kernels.pack_quantized([kernels.quantize_nf4(torch.ones(3, 4))]).num_parameters == 12
 """
     subprocess.run([sys.executable, "-c", program], check=True)
 

@@ -36,15 +36,15 @@ def test_several_threads_give_the_bits_of_one(variant: str, monkeypatch: pytest.
     library = load_library(variant)
     monkeypatch.setattr("onebase_kernels.cpu.execution.library", library)
     kernels.use_backend("cpu")
-    packed = kernels.pack_nf4([kernels.quantize_nf4(torch.randn(n, 256)) for n in (512, 128, 128)])
+    packed = kernels.pack_quantized([kernels.quantize_nf4(torch.randn(n, 256)) for n in (512, 128, 128)])
     head = torch.randn(4096, 256).bfloat16()
     try:
         for rows in (1, 3, 40):
             x = torch.randn(rows, 256).bfloat16()
-            alone = kernels.nf4_linear(x, packed), kernels.head_logits(x, head)
+            alone = kernels.quantized_linear(x, packed), kernels.head_logits(x, head)
             library.onebase_set_threads(3)
             for _ in range(200):  # threads that fall asleep, that are late, that have nothing left to do
-                assert torch.equal(kernels.nf4_linear(x, packed), alone[0])
+                assert torch.equal(kernels.quantized_linear(x, packed), alone[0])
                 assert torch.equal(kernels.head_logits(x, head), alone[1])
             library.onebase_set_threads(1)
     finally:
@@ -55,12 +55,12 @@ def test_ops_may_be_called_from_several_threads() -> None:
     kernels.use_backend("cpu")
     library = load_library()
     library.onebase_set_threads(2)
-    packed = kernels.pack_nf4([kernels.quantize_nf4(torch.randn(512, 256))])
+    packed = kernels.pack_quantized([kernels.quantize_nf4(torch.randn(512, 256))])
     x = torch.randn(4, 256).bfloat16()
-    expected = kernels.nf4_linear(x, packed)
+    expected = kernels.quantized_linear(x, packed)
     try:
         with ThreadPoolExecutor(4) as pool:
-            results = list(pool.map(lambda _: kernels.nf4_linear(x, packed), range(400)))
+            results = list(pool.map(lambda _: kernels.quantized_linear(x, packed), range(400)))
         assert all(torch.equal(result, expected) for result in results)
     finally:
         library.onebase_set_threads(1)

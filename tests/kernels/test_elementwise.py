@@ -120,8 +120,8 @@ def test_head_logits_are_products_in_fp32(backend: str, vocab: int, size: int, r
 
 def test_head_logits_of_a_head_in_nf4_are_fp32(backend: str) -> None:
     head, hidden = kernels.quantize_nf4(torch.randn(64, 128)), torch.randn(3, 128)
-    expected = hidden @ kernels.dequantize_nf4(head, torch.float32).T
-    logits = kernels.head_logits(hidden.bfloat16(), kernels.pack_nf4([head]))
+    expected = hidden @ kernels.dequantize(head, torch.float32).T
+    logits = kernels.head_logits(hidden.bfloat16(), kernels.pack_quantized([head]))
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, expected, rtol=2**-6, atol=0.3)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import onebase_kernels as kernels
-from onebase_kernels import LoraBatch, Segment, dequantize_nf4, quantize_nf4
+from onebase_kernels import LoraBatch, Segment, dequantize, quantize_nf4
 
 Pairs = list[tuple[Tensor, Tensor] | None]
 
@@ -33,17 +33,17 @@ def test_nf4_linear_is_the_product_with_the_dequantised_weights(
 ) -> None:
     weights = [quantize_nf4(random(n, in_features, seed=n) * 0.02, double_quant) for n in widths]
     x = random(rows, in_features, seed=2)
-    expected = x @ torch.cat([dequantize_nf4(weight, torch.float32) for weight in weights]).T
-    packed = kernels.pack_nf4(weights)
-    assert relative_error(kernels.nf4_linear(x, packed), expected) < 1e-5
-    half = kernels.nf4_linear(x.bfloat16(), packed)
+    expected = x @ torch.cat([dequantize(weight, torch.float32) for weight in weights]).T
+    packed = kernels.pack_quantized(weights)
+    assert relative_error(kernels.quantized_linear(x, packed), expected) < 1e-5
+    half = kernels.quantized_linear(x.bfloat16(), packed)
     assert half.dtype == torch.bfloat16
     assert relative_error(half, expected) < 1e-2
 
 
 def test_packing_weights_changes_neither_their_number_nor_their_bytes(backend: str) -> None:
     weight = quantize_nf4(random(2048, 2048) * 0.02)  # with 256 nested scales, as many as the map has values
-    packed = kernels.pack_nf4([weight])
+    packed = kernels.pack_quantized([weight])
     assert packed.num_parameters == 2048 * 2048
     assert packed.nbytes == pytest.approx(weight.nbytes, rel=1e-4)  # some back ends pad
 
@@ -58,16 +58,16 @@ def test_weights_come_out_of_a_packed_group_as_they_went_in(
     backend: str, widths: tuple[int, ...], in_features: int, double_quant: bool
 ) -> None:
     weights = [quantize_nf4(random(n, in_features, seed=n) * 0.02, double_quant) for n in widths]
-    for weight, original in zip(kernels.unpack_nf4(kernels.pack_nf4(weights)), weights, strict=True):
-        assert torch.equal(dequantize_nf4(weight, torch.float32), dequantize_nf4(original, torch.float32))
+    for weight, original in zip(kernels.unpack_quantized(kernels.pack_quantized(weights)), weights, strict=True):
+        assert torch.equal(dequantize(weight, torch.float32), dequantize(original, torch.float32))
 
 
 def test_nf4_linear_adds_the_bias_of_all_weights(backend: str) -> None:
     weights = [quantize_nf4(random(n, 128, seed=n)) for n in (32, 16)]
-    packed, x, bias = kernels.pack_nf4(weights), random(3, 128), random(48, seed=1)
-    torch.testing.assert_close(kernels.nf4_linear(x, packed, bias), kernels.nf4_linear(x, packed) + bias)
-    half = kernels.nf4_linear(x.bfloat16(), packed, bias.bfloat16())
-    assert relative_error(half, kernels.nf4_linear(x, packed) + bias) < 1e-2
+    packed, x, bias = kernels.pack_quantized(weights), random(3, 128), random(48, seed=1)
+    torch.testing.assert_close(kernels.quantized_linear(x, packed, bias), kernels.quantized_linear(x, packed) + bias)
+    half = kernels.quantized_linear(x.bfloat16(), packed, bias.bfloat16())
+    assert relative_error(half, kernels.quantized_linear(x, packed) + bias) < 1e-2
 
 
 @pytest.mark.parametrize("rows", [1, 33])

@@ -17,7 +17,7 @@ from onebase_kernels.cpu import calls, execution, memory
 from onebase_kernels.cpu.calls import DTYPES, Step
 from onebase_kernels.cpu.execution import empty, run
 from onebase_kernels.cpu.nf4_packing import TiledNf4, can_pack, pack, unpack
-from onebase_kernels.nf4 import Nf4Weight, PackedNf4
+from onebase_kernels.quantized import PackedWeights, QuantizedWeight
 
 _LANES = 16
 _HEAD_SIZES = frozenset({16, 32, 48, 64, 80, 96, 128, 192, 256})
@@ -26,14 +26,14 @@ _READ = {**DTYPES, torch.float16: calls.FLOAT16}
 """What `copy_matrices_` reads."""
 
 
-def pack_nf4(weights: Sequence[Nf4Weight]) -> PackedNf4:
-    """As `reference.pack_nf4`, in tiles."""
-    return pack(weights) if can_pack(weights) else reference.pack_nf4(weights)
+def pack_quantized(weights: Sequence[QuantizedWeight]) -> PackedWeights:
+    """As `reference.pack_quantized`, in tiles."""
+    return pack(weights) if can_pack(weights) else reference.pack_quantized(weights)
 
 
-def unpack_nf4(packed: PackedNf4) -> tuple[Nf4Weight, ...]:
-    """As `reference.unpack_nf4`, bit by bit."""
-    return unpack(packed) if isinstance(packed, TiledNf4) else reference.unpack_nf4(packed)
+def unpack_quantized(packed: PackedWeights) -> tuple[QuantizedWeight, ...]:
+    """As `reference.unpack_quantized`, bit by bit."""
+    return unpack(packed) if isinstance(packed, TiledNf4) else reference.unpack_quantized(packed)
 
 
 def pack_dense(weight: Tensor) -> Tensor:
@@ -83,13 +83,13 @@ def embed(token_ids: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
     return y
 
 
-def nf4_linear(x: Tensor, packed: PackedNf4, bias: Tensor | None = None) -> Tensor:
-    """As `reference.nf4_linear`, fused: no weight is ever dequantised in memory."""
+def quantized_linear(x: Tensor, packed: PackedWeights, bias: Tensor | None = None) -> Tensor:
+    """As `reference.quantized_linear`, fused: no weight is ever dequantised in memory."""
     if not isinstance(packed, TiledNf4):
-        return reference.nf4_linear(x, packed, bias)
+        return reference.quantized_linear(x, packed, bias)
     if x.dtype not in DTYPES or not x.is_contiguous() or (bias is not None and bias.dtype != x.dtype):
         wide_bias = None if bias is None else bias.float()
-        return nf4_linear(x.float().contiguous(), packed, wide_bias).to(x.dtype)
+        return quantized_linear(x.float().contiguous(), packed, wide_bias).to(x.dtype)
     y = empty((x.shape[0], packed.out_features), x.dtype)
     _nf4_linear(x, packed, bias, y)
     return y
@@ -116,7 +116,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return y
 
 
-def head_logits(hidden: Tensor, head: Tensor | PackedNf4) -> Tensor:
+def head_logits(hidden: Tensor, head: Tensor | PackedWeights) -> Tensor:
     """As `reference.head_logits`; bf16 is not rounded once more on the way to fp32."""
     if isinstance(head, TiledNf4) and hidden.dtype in DTYPES and hidden.is_contiguous():
         logits = empty((hidden.shape[0], head.out_features), torch.float32)

@@ -4,13 +4,15 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
+from onebase_kernels.blockwise import BLOCK_SIZE, NF4, BlockwiseWeight, NestedScales
 from onebase_kernels.cpu.calls import Nf4Group, Nf4Slice
 from onebase_kernels.cpu.memory import resident
-from onebase_kernels.nf4 import BLOCK_SIZE, NestedScales, Nf4Weight
+from onebase_kernels.quantized import QuantizedWeight
 
 OUTPUTS = 16
 """Outputs of a tile; its inputs are one block of 64."""
@@ -56,21 +58,26 @@ class TiledNf4:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales, the map that all weights have alike left out (as `Nf4Weight` counts)."""
+        """Bytes of codes and scales, the map that all weights have alike left out (as `BlockwiseWeight` counts)."""
         nested = sum(scales.nbytes + OFFSET_BYTES for scales in self.nested_scales)
         return self.codes.nbytes + self.scales.nbytes + nested
 
 
-def can_pack(weights: Sequence[Nf4Weight]) -> bool:
-    """Whether the kernel carries these weights: whole tiles, on the CPU, all with or all without nested scales."""
-    return (
-        all(n % OUTPUTS == 0 and k % BLOCK_SIZE == 0 for n, k in (weight.shape for weight in weights))
-        and all(weight.codes.device.type == "cpu" for weight in weights)
-        and len({weight.nested is None for weight in weights}) == 1
-    )
+def can_pack(weights: Sequence[QuantizedWeight]) -> TypeGuard[Sequence[BlockwiseWeight]]:
+    """Whether the kernel carries these weights: NF4, whole tiles, on the CPU, all with or all without nested scales."""
+    carried = [
+        weight
+        for weight in weights
+        if isinstance(weight, BlockwiseWeight)
+        and weight.codebook == NF4
+        and weight.shape[0] % OUTPUTS == 0
+        and weight.shape[1] % BLOCK_SIZE == 0
+        and weight.codes.device.type == "cpu"
+    ]
+    return len(carried) == len(weights) and len({weight.nested is None for weight in carried}) == 1
 
 
-def pack(weights: Sequence[Nf4Weight]) -> TiledNf4:
+def pack(weights: Sequence[BlockwiseWeight]) -> TiledNf4:
     """Pack weights [Nᵢ, K] that share their input; `can_pack` must hold.
 
     Nothing of the weights is kept: a single view would hold the whole mapped file in memory beside what is packed.
@@ -100,13 +107,13 @@ def pack(weights: Sequence[Nf4Weight]) -> TiledNf4:
     return TiledNf4(codes, scales, nested_scales, offsets, quant_map, widths, in_features, group, slices)
 
 
-def unpack(packed: TiledNf4) -> tuple[Nf4Weight, ...]:
+def unpack(packed: TiledNf4) -> tuple[BlockwiseWeight, ...]:
     """The weights that were packed, bit by bit."""
     sizes = [width * packed.in_features for width in packed.widths]
     codes = torch.split(packed.codes, [size // 2 for size in sizes])
     scales = torch.split(packed.scales, [size // BLOCK_SIZE for size in sizes])
     return tuple(
-        Nf4Weight(
+        BlockwiseWeight(
             codes=_unpack_codes(codes[i], packed.in_features),
             absmax=_unpack_scales(scales[i], packed.in_features),
             shape=(width, packed.in_features),
@@ -122,7 +129,7 @@ def _nested(packed: TiledNf4, index: int) -> NestedScales | None:
     return NestedScales(packed.nested_scales[index], torch.tensor(packed.offsets[index]), packed.quant_map)
 
 
-def _pack_codes(weight: Nf4Weight) -> Tensor:
+def _pack_codes(weight: BlockwiseWeight) -> Tensor:
     n, k = weight.shape
     nibbles = torch.stack((weight.codes >> 4, weight.codes & 0xF), dim=-1)
     # [N / 16, output, K / 8, pair, parity] -> 16-bit words are (output, parity), nibbles within them pairs
@@ -131,7 +138,7 @@ def _pack_codes(weight: Nf4Weight) -> Tensor:
     return low | (high << 4)
 
 
-def _pack_scales(weight: Nf4Weight) -> Tensor:
+def _pack_scales(weight: BlockwiseWeight) -> Tensor:
     n, k = weight.shape
     return weight.absmax.view(n // OUTPUTS, OUTPUTS, k // BLOCK_SIZE).transpose(1, 2).reshape(-1)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from onebase_kernels import reference, sdpa_attention
 from onebase_kernels.batch import AttentionBatch, LoraBatch, StepInputs
-from onebase_kernels.nf4 import Nf4Weight, PackedNf4
+from onebase_kernels.quantized import PackedWeights, QuantizedWeight
 from onebase_kernels.triton import attention, elementwise
 from onebase_kernels.triton import lora as side_path
 from onebase_kernels.triton import nf4_linear as nf4
@@ -19,10 +19,10 @@ from onebase_kernels.triton.plans import measured_plans
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def pack_nf4(weights: Sequence[Nf4Weight]) -> PackedNf4:
-    """As `reference.pack_nf4`, in the order in which the tensor cores take their operand."""
+def pack_quantized(weights: Sequence[QuantizedWeight]) -> PackedWeights:
+    """As `reference.pack_quantized`, in the order in which the tensor cores take their operand."""
     if not can_pack(weights):
-        return reference.pack_nf4(weights)
+        return reference.pack_quantized(weights)
     measured_plans(weights[0].codes.device)  # a file that is wrong is refused at load, not by the first request
     return pack(weights)
 
@@ -39,19 +39,19 @@ def record(forward: Callable[[StepInputs], Tensor], largest: StepInputs) -> Call
         return reference.record(forward, largest)
 
 
-def unpack_nf4(packed: PackedNf4) -> tuple[Nf4Weight, ...]:
-    """As `reference.unpack_nf4`."""
-    return unpack(packed) if isinstance(packed, FragmentNf4) else reference.unpack_nf4(packed)
+def unpack_quantized(packed: PackedWeights) -> tuple[QuantizedWeight, ...]:
+    """As `reference.unpack_quantized`."""
+    return unpack(packed) if isinstance(packed, FragmentNf4) else reference.unpack_quantized(packed)
 
 
-def nf4_linear(x: Tensor, packed: PackedNf4, bias: Tensor | None = None) -> Tensor:
-    """As `reference.nf4_linear`; up to 256 rows fused, beyond that through a few MiB of dequantised weights."""
+def quantized_linear(x: Tensor, packed: PackedWeights, bias: Tensor | None = None) -> Tensor:
+    """As `reference.quantized_linear`; up to 256 rows fused, beyond that through a few MiB of dequantised weights."""
     if not isinstance(packed, FragmentNf4):
-        return reference.nf4_linear(x, packed, bias)
+        return reference.quantized_linear(x, packed, bias)
     return nf4.nf4_linear(x, packed, bias)
 
 
-def head_logits(hidden: Tensor, head: Tensor | PackedNf4) -> Tensor:
+def head_logits(hidden: Tensor, head: Tensor | PackedWeights) -> Tensor:
     """As `reference.head_logits`."""
     if not isinstance(head, FragmentNf4):
         return reference.head_logits(hidden, head)

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onebase_kernels.nf4 import NF4_VALUES
+from onebase_kernels.blockwise import NF4
 
 RECODED = tuple(
     (code - 8) >> 1 | (~code & 1) << 3 if code >= 8 else 4 | (7 - code) >> 1 | (code & 1) << 3 for code in range(16)
@@ -64,7 +64,7 @@ conditions above; the tests hold both."""
 def nf4_values() -> Tensor:
     """fp32 [16]: NF4's values in the order of the recoded codes; zero is the smaller of a negative pair, so -0.0."""
     values = torch.empty(16, device="cpu")
-    values[list(RECODED)] = torch.tensor([value or -0.0 for value in NF4_VALUES], device="cpu")
+    values[list(RECODED)] = torch.tensor([value or -0.0 for value in NF4.values], device="cpu")
     return values
 
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onebase_kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
+from onebase_kernels.blockwise import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from onebase_kernels.triton.nf4_decode import (
     CODEBOOKS,
     TABLE_COPIES,
@@ -222,7 +222,7 @@ def dequantize_kernel(
 
 
 def nf4_linear(x: Tensor, packed: FragmentNf4, bias: Tensor | None = None) -> Tensor:
-    """As `reference.nf4_linear`: up to 256 rows fused, more rows and fp32 through dequantised weights."""
+    """As `reference.quantized_linear`: up to 256 rows fused, more rows and fp32 through dequantised weights."""
     x = x.contiguous()
     num_rows = x.shape[0]
     if x.dtype not in CODEBOOKS or num_rows > MAX_FUSED_ROWS:

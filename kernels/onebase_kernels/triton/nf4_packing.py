@@ -7,11 +7,13 @@ These are a word: a byte for each input, output g in its low half. The four word
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
-from onebase_kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NestedScales, Nf4Weight
+from onebase_kernels.blockwise import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4, BlockwiseWeight, NestedScales
+from onebase_kernels.quantized import QuantizedWeight
 from onebase_kernels.triton.nf4_decode import RECODED, is_interpreted
 
 TILE_ROWS = 64
@@ -55,14 +57,19 @@ class FragmentNf4:
         return self.codes.nbytes + self.scales.nbytes + nested + self.offsets.nbytes
 
 
-def can_pack(weights: Sequence[Nf4Weight]) -> bool:
-    """Whether the kernels carry these weights: whole tiles, on a GPU (any device in Triton's interpreter)."""
-    return all(n % TILE_ROWS == 0 and k % BLOCK_SIZE == 0 for n, k in (weight.shape for weight in weights)) and (
-        is_interpreted() or all(weight.codes.is_cuda for weight in weights)
+def can_pack(weights: Sequence[QuantizedWeight]) -> TypeGuard[Sequence[BlockwiseWeight]]:
+    """Whether the kernels carry these weights: NF4, whole tiles, on a GPU (any device in Triton's interpreter)."""
+    return all(
+        isinstance(weight, BlockwiseWeight)
+        and weight.codebook == NF4
+        and weight.shape[0] % TILE_ROWS == 0
+        and weight.shape[1] % BLOCK_SIZE == 0
+        and (is_interpreted() or weight.codes.is_cuda)
+        for weight in weights
     )
 
 
-def pack(weights: Sequence[Nf4Weight]) -> FragmentNf4:
+def pack(weights: Sequence[BlockwiseWeight]) -> FragmentNf4:
     """Pack weights [Nᵢ, K] that share their input; `can_pack` must hold.
 
     The kernels decode double quantisation where a nested block never ends within four consecutive scales of a row or
@@ -89,7 +96,7 @@ def pack(weights: Sequence[Nf4Weight]) -> FragmentNf4:
     )
 
 
-def unpack(packed: FragmentNf4) -> tuple[Nf4Weight, ...]:
+def unpack(packed: FragmentNf4) -> tuple[BlockwiseWeight, ...]:
     """The weights that were packed; where `nested` is None, with scales in fp32."""
     tiles = [width // TILE_ROWS for width in packed.widths]
     codes, scales, offsets = packed.codes.split(tiles), packed.scales.split(tiles), packed.offsets.split(tiles)
@@ -98,7 +105,7 @@ def unpack(packed: FragmentNf4) -> tuple[Nf4Weight, ...]:
         absmax = packed.nested.split([part.numel() // NESTED_BLOCK_SIZE for part in scales])
         nested = [NestedScales(absmax[i], offsets[i][0], packed.quant_map) for i in range(len(tiles))]
     return tuple(
-        Nf4Weight(
+        BlockwiseWeight(
             codes=_unpack_codes(codes[i]),
             absmax=scales[i].transpose(1, 2).reshape(-1),
             shape=(width, packed.in_features),
@@ -108,7 +115,7 @@ def unpack(packed: FragmentNf4) -> tuple[Nf4Weight, ...]:
     )
 
 
-def _pack_codes(weight: Nf4Weight) -> Tensor:
+def _pack_codes(weight: BlockwiseWeight) -> Tensor:
     n, k = weight.shape
     recoded = torch.tensor(RECODED, dtype=torch.uint8, device=weight.codes.device)
     codes = recoded[torch.stack((weight.codes >> 4, weight.codes & 0xF), dim=-1).int()]

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import triton
 
-from onebase_kernels.nf4 import BLOCK_SIZE
+from onebase_kernels.blockwise import BLOCK_SIZE
 
 MAX_FUSED_ROWS = 256
 """Rows of x beyond which dequantising the weights once costs less than decoding them for every tile of rows."""

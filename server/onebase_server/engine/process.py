@@ -59,7 +59,7 @@ def load_engine(settings: EngineSettings, inbox: Inbox) -> tuple[Engine, Ready]:
     device = resolve_device(settings.device)
     logger.info("computing on %s with the kernels %s", device.type, use_kernels(settings.kernels, device))
     kernels.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
-    with step_progress("Quantising the base to NF4") as on_progress:
+    with step_progress(f"Quantising the base to {settings.quantization}") as on_progress:
         decoder = load_decoder(Path(settings.base), settings, on_progress)
     return_free_memory()
     engine = Engine(decoder, settings, on_loaded=inbox.ring)
@@ -69,7 +69,7 @@ def load_engine(settings: EngineSettings, inbox: Inbox) -> tuple[Engine, Ready]:
         max_model_len=engine.max_model_len,
         adapter_bytes_total=engine.adapter_pool.bytes_total,
         adapter_element_bytes=decoder.dtype.itemsize,
-        quantization=settings.quantization,
+        quantization=decoder.config.quantization or settings.quantization,
         weight_bits=decoder.weights.report().bits_per_parameter,
         stats=engine.stats(),
     )

@@ -15,6 +15,7 @@ from onebase_server.errors import ConfigurationError
 from onebase_server.model.config_reader import ConfigReader, HfConfig
 from onebase_server.model.families import family_of
 from onebase_server.model.layer_config import Activation, ExpertConfig, NormConfig, NormPlaces, ScaleConfig
+from onebase_server.model.quantization_config import quantization_of
 from onebase_server.model.rope_config import RopeConfig
 
 
@@ -92,8 +93,8 @@ class ModelConfig:
     dtype: str | None = None
     """The checkpoint's dtype, `bfloat16` and the like."""
     eos_token_ids: tuple[int, ...] = ()
-    is_quantized: bool = False
-    """Whether the checkpoint's linears are already in bitsandbytes' NF4."""
+    quantization: str | None = None
+    """How the checkpoint's linears are quantised already: `nf4`, `fp4`, `int4` or `int8`."""
 
     @classmethod
     def from_hf(cls, hf: HfConfig) -> "ModelConfig":
@@ -137,7 +138,7 @@ class ModelConfig:
             windows=windows,
             dtype=hf.get("dtype") or hf.get("torch_dtype"),
             eos_token_ids=_token_ids(hf.get("eos_token_id")),
-            is_quantized=_is_nf4(hf),
+            quantization=quantization_of(hf),
         )
         config._refuse_odd_shapes()
         return config
@@ -249,22 +250,6 @@ def _activation(reader: ConfigReader, carried: Mapping[str, Activation]) -> Acti
             f"config.json: {key} = {name!r} is not carried; only {', '.join(map(repr, carried))} is."
         )
     return carried[name]
-
-
-def _is_nf4(hf: HfConfig) -> bool:
-    """Whether the checkpoint is quantised; any way of it but bitsandbytes' NF4 is refused."""
-    found = hf.get("quantization_config") or hf.get("compression_config")
-    if not found:
-        return False
-    method = found.get("quant_method", "bitsandbytes" if "load_in_4bit" in found else "unknown")
-    if method == "bitsandbytes":
-        if found.get("load_in_4bit") and found.get("bnb_4bit_quant_type", "fp4") == "nf4":
-            return True
-        method += " 4-bit " + found.get("bnb_4bit_quant_type", "fp4") if found.get("load_in_4bit") else " 8-bit"
-    raise ConfigurationError(
-        f"config.json: the checkpoint is quantised with {method}, which is not carried. "
-        "Use the unquantised checkpoint, or one quantised to NF4 by bitsandbytes."
-    )
 
 
 def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from onebase_kernels import PackedNf4
+from onebase_kernels import PackedWeights
 from onebase_server.model.linear import LinearGroup
 from onebase_server.model.mlp import ExpertMlp, Mlp
 from onebase_server.model.norm import Norm
@@ -65,7 +65,7 @@ class DecoderWeights:
     layers: tuple[LayerWeights, ...]
     norm: Norm
     """The last one, before the head."""
-    head: Tensor | PackedNf4
+    head: Tensor | PackedWeights
     """[vocab, hidden]; the embedding itself where the two are tied, unless it is quantised."""
 
     @property

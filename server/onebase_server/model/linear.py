@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 import onebase_kernels as kernels
-from onebase_kernels import LoraBatch, Nf4Weight, PackedNf4, dequantize_nf4
+from onebase_kernels import LoraBatch, PackedWeights, QuantizedWeight, dequantize
 
 
 class Linear(NamedTuple):
     """One projection as a checkpoint has it."""
 
-    weight: Nf4Weight | Tensor
+    weight: QuantizedWeight | Tensor
     """[out, in]."""
     bias: Tensor | None
     """[out]."""
@@ -24,7 +24,7 @@ class Linear(NamedTuple):
 class LinearGroup:
     """The linears of one projection group of one layer, and its place in the adapters' table."""
 
-    parts: tuple[PackedNf4 | Tensor, ...]
+    parts: tuple[PackedWeights | Tensor, ...]
     """Usually one: all projections together, quantised or dense [ΣN, in]; one each where a checkpoint mixes the two."""
     widths: tuple[int, ...]
     """Output features of each projection."""
@@ -37,17 +37,20 @@ class LinearGroup:
     def build(cls, linears: Sequence[Linear], widths: tuple[int, ...], place: int | None) -> "LinearGroup":
         """Put a group's linears side by side, one of each projection or one of all.
 
-        NF4 is packed for the back end that was chosen.
+        Weights are packed for the back end that was chosen.
         """
         weights = [linear.weight for linear in linears]
-        quantised = [weight for weight in weights if isinstance(weight, Nf4Weight)]
+        quantised = [weight for weight in weights if not isinstance(weight, Tensor)]
         dense = [weight for weight in weights if isinstance(weight, Tensor)]
         if len(quantised) == len(weights):
-            parts: tuple[PackedNf4 | Tensor, ...] = (kernels.pack_nf4(quantised),)
+            parts: tuple[PackedWeights | Tensor, ...] = (kernels.pack_quantized(quantised),)
         elif len(dense) == len(weights):
             parts = (kernels.pack_dense(_join(dense)),)
         else:
-            parts = tuple(kernels.pack_nf4([w]) if isinstance(w, Nf4Weight) else kernels.pack_dense(w) for w in weights)
+            parts = tuple(
+                kernels.pack_dense(weight) if isinstance(weight, Tensor) else kernels.pack_quantized([weight])
+                for weight in weights
+            )
         return cls(parts, widths, _join_biases(linears), place)
 
     def weight(self, index: int) -> Tensor:
@@ -81,17 +84,17 @@ class LinearGroup:
         return joined if self.bias is None else joined + self.bias
 
 
-def _linear(x: Tensor, weight: PackedNf4 | Tensor, bias: Tensor | None) -> Tensor:
+def _linear(x: Tensor, weight: PackedWeights | Tensor, bias: Tensor | None) -> Tensor:
     if isinstance(weight, Tensor):
         return kernels.dense_linear(x, weight, bias)
-    return kernels.nf4_linear(x, weight, bias)
+    return kernels.quantized_linear(x, weight, bias)
 
 
-def _dequantize(part: PackedNf4 | Tensor) -> Tensor:
+def _dequantize(part: PackedWeights | Tensor) -> Tensor:
     """fp32 [ΣN, in]."""
     if isinstance(part, Tensor):
         return part.float()
-    return torch.cat([dequantize_nf4(weight, torch.float32) for weight in kernels.unpack_nf4(part)])
+    return torch.cat([dequantize(weight, torch.float32) for weight in kernels.unpack_quantized(part)])
 
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from onebase_adapters.adapter import Adapter, Epilogue, LowRankPair, ModuleKey, UnsupportedAdapter
-from onebase_kernels import Nf4Weight, dequantize_nf4, quantize_nf4
+from onebase_kernels import BlockwiseWeight, QuantizedWeight, dequantize, quantize_nf4
+from onebase_kernels.blockwise import NF4
 from onebase_server.errors import ConfigurationError
-from onebase_server.model import bnb_format, names
+from onebase_server.model import bnb_format, names, weight_formats
 from onebase_server.model.adapted_linear import adapted_bias, adapted_weight
 from onebase_server.model.checkpoint import INDEX_FILE, Checkpoint
 from onebase_server.model.checkpoint_writer import Progress, write_checkpoint
@@ -146,7 +147,7 @@ class _Merger:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = self._form.dtype
         config |= dict.fromkeys(self._bias_options, True)
         is_nf4 = self._form.quantization == "nf4"
-        return bnb_format.described_as_nf4(config, self._form.double_quant) if is_nf4 else config
+        return bnb_format.described(config, NF4, self._form.double_quant) if is_nf4 else config
 
     def shards(self) -> Iterator[dict[str, Tensor]]:
         """What is in no layer, then each layer."""
@@ -185,17 +186,17 @@ class _Merger:
     def _in_dtype(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self._dtype) for name, tensor in tensors.items()}
 
-    def _read_weight(self, name: str) -> Tensor | Nf4Weight:
+    def _read_weight(self, name: str) -> Tensor | QuantizedWeight:
         """A linear's weight as it is served."""
-        parts = bnb_format.nf4_part_names(name, self._checkpoint.shapes)
-        tensors = self._checkpoint.read([name, *parts])
-        if parts:
-            return bnb_format.from_tensors(name, tensors)
-        if self._form.base_quantization == "nf4":
-            return quantize_nf4(tensors[name], self._form.double_quant)
-        return tensors[name]
+        stored = weight_formats.tensor_names(name, self._checkpoint.shapes)
+        weight = weight_formats.from_tensors(name, self._checkpoint.read(stored))
+        if isinstance(weight, Tensor) and self._form.base_quantization == "nf4":
+            return quantize_nf4(weight, self._form.double_quant)
+        return weight
 
-    def _merge(self, module: str, weight: Tensor | Nf4Weight, parts: Sequence[_AdapterPart]) -> Tensor | Nf4Weight:
+    def _merge(
+        self, module: str, weight: Tensor | QuantizedWeight, parts: Sequence[_AdapterPart]
+    ) -> Tensor | BlockwiseWeight:
         """The weight as the adapter makes it, rounded as it will be written."""
         base = _dense(weight)
         merged = _merged_weight(base, parts)
@@ -204,21 +205,22 @@ class _Merger:
         self.errors.append(LinearError(module, *(float(matrix.norm()) for matrix in differences)))
         return rounded
 
-    def _rounded(self, merged: Tensor) -> Tensor | Nf4Weight:
+    def _rounded(self, merged: Tensor) -> Tensor | BlockwiseWeight:
         if self._form.quantization == "nf4":
             return quantize_nf4(merged, self._form.double_quant)
         return merged.to(self._dtype)
 
-    def _as_tensors(self, name: str, weight: Tensor | Nf4Weight) -> dict[str, Tensor]:
+    def _as_tensors(self, name: str, weight: Tensor | QuantizedWeight) -> dict[str, Tensor]:
         if self._form.quantization == "none":
             return {name: _dense(weight).to(self._dtype)}
-        quantised = weight if isinstance(weight, Nf4Weight) else quantize_nf4(weight, self._form.double_quant)
-        return bnb_format.to_tensors(name, quantised, self._dtype)
+        if not (isinstance(weight, BlockwiseWeight) and weight.codebook == NF4):
+            weight = quantize_nf4(_dense(weight), self._form.double_quant)
+        return bnb_format.to_tensors(name, weight, self._dtype)
 
 
-def _dense(weight: Tensor | Nf4Weight) -> Tensor:
+def _dense(weight: Tensor | QuantizedWeight) -> Tensor:
     """[out, in] in fp32."""
-    return weight.float() if isinstance(weight, Tensor) else dequantize_nf4(weight, torch.float32)
+    return weight.float() if isinstance(weight, Tensor) else dequantize(weight, torch.float32)
 
 
 def _merged_weight(base: Tensor, parts: Sequence[_AdapterPart]) -> Tensor:

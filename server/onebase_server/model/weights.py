@@ -1,20 +1,21 @@
 """From a model directory to a decoder that can compute: quantised on the way, or read as it is.
 
-It knows files and names (`checkpoint`, `names`, `bnb_format`, `nf4_cache`) and fills `decoder`'s weights; it computes
-nothing itself.
+It knows files and names (`checkpoint`, `names`, `weight_formats`, `quantized_cache`) and fills `decoder`'s weights; it
+computes nothing itself.
 """
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import onebase_kernels as kernels
-from onebase_kernels import PackedNf4, quantize_nf4
+from onebase_kernels import PackedWeights, quantize_nf4
 from onebase_server.errors import ConfigurationError
-from onebase_server.model import bnb_format, names
+from onebase_server.model import names, weight_formats
 from onebase_server.model.checkpoint import Checkpoint
 from onebase_server.model.checkpoint_writer import Progress
 from onebase_server.model.config import ModelConfig, ProjectionGroup
@@ -23,18 +24,19 @@ from onebase_server.model.decoder_weights import DecoderWeights, LayerNorms, Lay
 from onebase_server.model.layer_config import ExpertConfig
 from onebase_server.model.linear import Linear, LinearGroup
 from onebase_server.model.mlp import ExpertMlp, GatedMlp
-from onebase_server.model.nf4_cache import nf4_checkpoint
 from onebase_server.model.norm import LayerNorm, Norm, RmsNorm
+from onebase_server.model.quantized_cache import quantized_checkpoint
+from onebase_server.model.weight_formats import Quantization
 from onebase_server.settings import EngineSettings
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
 
 def load_decoder(directory: Path, settings: EngineSettings, on_progress: Progress | None = None) -> Decoder:
-    """A decoder with the weights of a Hugging Face directory, its linears in NF4 unless `settings` say otherwise.
+    """A decoder with the weights of a Hugging Face directory, its linears quantised as `settings` say.
 
-    The NF4 form is made once and kept in the cache directory; a checkpoint that bitsandbytes has quantised is used as
-    it is, whatever the settings say. On the CPU, what no back end packs is mapped from the file, not copied, wherever
+    The quantised form is made once and kept in the cache directory; a checkpoint that came quantised is used as it is,
+    whatever the settings say. On the CPU, what no back end packs is mapped from the file, not copied, wherever
     its dtype is right. `on_progress` hears of quantisation only, so not when the cache has its result.
 
     Raises:
@@ -46,8 +48,9 @@ def load_decoder(directory: Path, settings: EngineSettings, on_progress: Progres
     device = resolve_device(settings.device)
     checkpoint = Checkpoint(directory)
     check_tensors(checkpoint, config)
-    if settings.quantization == "nf4" and not config.is_quantized:
-        checkpoint = nf4_checkpoint(checkpoint, config, settings.cache_dir, settings.double_quant, device, on_progress)
+    quantization = Quantization.of(settings)
+    if quantization is not None and config.quantization is None:
+        checkpoint = quantized_checkpoint(checkpoint, config, settings.cache_dir, quantization, device, on_progress)
     weights = _Loader(checkpoint, config, settings, device).load()
     return Decoder(config, weights, context)
 
@@ -75,10 +78,10 @@ def _served_context(config: ModelConfig, max_model_len: int | None) -> int:
 def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """Raise where tensors are missing or of wrong shapes, or where there are some that would silently be ignored."""
     directory, found, expected = checkpoint.directory, checkpoint.shapes, names.all_shapes(config)
-    if missing := expected.keys() - found.keys():
+    stored = {name: weight_formats.tensor_names(name, found) for name in expected}
+    known = {tensor for tensors in stored.values() for tensor in tensors}
+    if missing := known - found.keys():
         raise ConfigurationError(f"{directory} lacks tensors of the model: {names.listed(missing)}.")
-    parts = {name: bnb_format.nf4_part_names(name, found) for name in expected}
-    known = expected.keys() | {part for name in parts for part in parts[name]}
     unexpected = {name for name in found.keys() - known if not names.is_ignored(name, config)}
     if unexpected:
         raise ConfigurationError(
@@ -86,7 +89,7 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
             f"{names.listed(unexpected)}."
         )
     for name, shape in expected.items():
-        if not parts[name]:  # the shape of a quantised weight is not that of its codes
+        if stored[name] == [name]:  # the shape of a quantised weight is not that of its codes
             _check_shape(directory, name, found[name], shape)
 
 
@@ -122,15 +125,15 @@ class _Loader:
             head=packed_head,
         )
 
-    def _pack_head(self, weight: Tensor) -> Tensor | PackedNf4:
+    def _pack_head(self, weight: Tensor) -> Tensor | PackedWeights:
         if self.settings.quantize_head:
-            return kernels.pack_nf4([quantize_nf4(weight, self.settings.double_quant)])
+            return kernels.pack_quantized([quantize_nf4(weight, self.settings.double_quant)])
         return kernels.pack_dense(weight)
 
     def _layer(self, layer: int) -> LayerWeights:
         shapes = names.layer_shapes(self.config, layer)
-        parts = [part for name in shapes for part in bnb_format.nf4_part_names(name, self.checkpoint.shapes)]
-        tensors = self.checkpoint.read([*shapes, *parts])
+        stored = (weight_formats.tensor_names(name, self.checkpoint.shapes) for name in shapes)
+        tensors = self.checkpoint.read(chain.from_iterable(stored))
         groups = self.config.projection_groups
         experts = self.config.experts
         qkv, o, *mlp = (
@@ -186,9 +189,9 @@ class _Loader:
         name = f"{module}.weight"
         bias = tensors.get(f"{module}.bias")
         bias = None if bias is None else self._vector(bias)
-        if not bnb_format.nf4_part_names(name, tensors):
-            return Linear(self._dense(tensors[name]), bias)
-        weight = bnb_format.from_tensors(name, tensors)
+        weight = weight_formats.from_tensors(name, tensors)
+        if isinstance(weight, Tensor):
+            return Linear(self._dense(weight), bias)
         _check_shape(self.checkpoint.directory, name, weight.shape, shape)
         return Linear(weight.to(self.device), bias)
 

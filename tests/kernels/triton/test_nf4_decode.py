@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from onebase_kernels.nf4 import NF4_VALUES
+from onebase_kernels.blockwise import NF4
 from onebase_kernels.triton.nf4_decode import CODEBOOKS, DECODE_ASM, RECODED, byte_tables, nf4_values, operands
 
 DTYPES = pytest.mark.parametrize("dtype", CODEBOOKS, ids=str)
@@ -66,7 +66,7 @@ def test_neighbours_share_their_high_byte_and_differ_by_less_than_half_a_low_one
 
 def test_recoding_loses_no_code() -> None:
     assert sorted(RECODED) == list(range(16))
-    assert torch.equal(nf4_values()[list(RECODED)], torch.tensor(NF4_VALUES))
+    assert torch.equal(nf4_values()[list(RECODED)], torch.tensor(NF4.values))
 
 
 @DTYPES

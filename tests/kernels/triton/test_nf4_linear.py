@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from onebase_kernels import dequantize_nf4, quantize_nf4
+from onebase_kernels import dequantize, quantize_nf4
 from onebase_kernels.triton import backend, nf4_linear
 from onebase_kernels.triton.nf4_packing import FragmentNf4, pack
 from onebase_kernels.triton.plans import MAX_FUSED_ROWS, Plan
@@ -29,7 +29,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def group(double_quant: bool, in_features: int = IN_FEATURES) -> tuple[FragmentNf4, Tensor]:
     """The weights of a group, packed and dequantised."""
     weights = [quantize_nf4(random(n, in_features, seed=i) * 0.02, double_quant) for i, n in enumerate(WIDTHS)]
-    return pack(weights), torch.cat([dequantize_nf4(weight, torch.float32) for weight in weights])
+    return pack(weights), torch.cat([dequantize(weight, torch.float32) for weight in weights])
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -64,7 +64,7 @@ def test_the_op_takes_any_number_of_rows_and_type(
     packed, weights = group(double_quant=True)
     x, bias = random(rows, IN_FEATURES, seed=8).to(dtype), random(sum(WIDTHS), seed=9).to(dtype)
     expected = x.float() @ weights.T + (bias if has_bias else 0)
-    found = backend.nf4_linear(x, packed, bias if has_bias else None)
+    found = backend.quantized_linear(x, packed, bias if has_bias else None)
     assert found.dtype == dtype
     assert relative_error(found, expected) < tolerance
 
@@ -72,25 +72,25 @@ def test_the_op_takes_any_number_of_rows_and_type(
 def test_odd_numbers_of_blocks_are_carried() -> None:
     packed, weights = group(double_quant=True, in_features=576)
     x = random(5, 576, seed=8).bfloat16()
-    assert relative_error(backend.nf4_linear(x, packed), x.float() @ weights.T) < 5e-3
+    assert relative_error(backend.quantized_linear(x, packed), x.float() @ weights.T) < 5e-3
 
 
 def test_no_rows_give_no_rows() -> None:
     packed, _ = group(double_quant=False)
-    assert backend.nf4_linear(torch.empty(0, IN_FEATURES, dtype=torch.bfloat16), packed).shape == (0, sum(WIDTHS))
+    assert backend.quantized_linear(torch.empty(0, IN_FEATURES, dtype=torch.bfloat16), packed).shape == (0, sum(WIDTHS))
 
 
 def test_rows_far_apart_in_memory_are_carried() -> None:
     packed, weights = group(double_quant=False)
     x = random(3, 2 * IN_FEATURES).bfloat16()[:, IN_FEATURES:]
-    assert relative_error(backend.nf4_linear(x, packed), x.float() @ weights.T) < 5e-3
+    assert relative_error(backend.quantized_linear(x, packed), x.float() @ weights.T) < 5e-3
 
 
 @pytest.mark.parametrize("magnitude", [1e-15, 1e15])
 def test_inputs_far_from_one_survive(magnitude: float) -> None:
     packed, weights = group(double_quant=False)
     x = (random(2, IN_FEATURES) * magnitude).bfloat16()
-    assert relative_error(backend.nf4_linear(x, packed), x.float() @ weights.T) < 5e-3
+    assert relative_error(backend.quantized_linear(x, packed), x.float() @ weights.T) < 5e-3
 
 
 def test_an_nf4_head_gives_logits_in_fp32() -> None:

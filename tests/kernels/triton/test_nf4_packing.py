@@ -3,10 +3,8 @@
 import pytest
 import torch
 
-from onebase_kernels import dequantize_nf4, quantize_nf4
-from onebase_kernels.nf4 import Nf4Group
-from onebase_kernels.triton import backend
-from onebase_kernels.triton.nf4_linear import dequantize
+from onebase_kernels import WeightGroup, dequantize, quantize_nf4
+from onebase_kernels.triton import backend, nf4_linear
 from onebase_kernels.triton.nf4_packing import can_pack, pack
 
 
@@ -20,9 +18,9 @@ from onebase_kernels.triton.nf4_packing import can_pack, pack
 def test_packed_weights_are_what_they_were(widths: tuple[int, ...], in_features: int, double_quant: bool) -> None:
     weights = [quantize_nf4(torch.randn(n, in_features) * 0.02, double_quant) for n in widths]
     packed = pack(weights)
-    expected = torch.cat([dequantize_nf4(weight, torch.float32) for weight in weights])
+    expected = torch.cat([dequantize(weight, torch.float32) for weight in weights])
     found, *halves = (
-        torch.cat([dequantize(packed, tile, 1, dtype) for tile in range(sum(widths) // 64)])
+        torch.cat([nf4_linear.dequantize(packed, tile, 1, dtype) for tile in range(sum(widths) // 64)])
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
     )
     # The reference rounds between the product and the sum of a nested scale, a GPU does not.
@@ -41,7 +39,7 @@ def test_double_quantisation_stays_a_little_over_four_bits_a_weight() -> None:
 def test_shapes_that_are_no_whole_tiles_go_to_the_reference(shape: tuple[int, int]) -> None:
     weight = quantize_nf4(torch.randn(shape))
     assert not can_pack([weight])
-    packed = backend.pack_nf4([weight])
-    assert isinstance(packed, Nf4Group)
+    packed = backend.pack_quantized([weight])
+    assert isinstance(packed, WeightGroup)
     x = torch.randn(3, shape[1])
-    torch.testing.assert_close(backend.nf4_linear(x, packed), x @ dequantize_nf4(weight, torch.float32).T)
+    torch.testing.assert_close(backend.quantized_linear(x, packed), x @ dequantize(weight, torch.float32).T)

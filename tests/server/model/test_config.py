@@ -47,7 +47,7 @@ def test_a_plain_llama() -> None:
     assert config.scales == ScaleConfig(attention=8**-0.5)
     assert config.max_context == 1024
     assert not config.tie_word_embeddings
-    assert not config.is_quantized
+    assert config.quantization is None
 
 
 def test_fields_that_are_left_out_take_the_familys_defaults() -> None:
@@ -244,17 +244,16 @@ def test_adapters_may_touch_every_linear() -> None:
         (LLAMA | {"rope_scaling": {"rope_type": "longrope", "short_factor": [1]}}, "short_factor has 1 numbers"),
         (LLAMA | {"quantization_config": {"quant_method": "gptq"}}, "quantised with gptq, which is not carried"),
         (LLAMA | {"quantization_config": {"quant_method": "fp8"}}, "quantised with fp8"),
-        (LLAMA | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "bitsandbytes 8-bit"),
         (
             LLAMA
             | {
                 "quantization_config": {
                     "quant_method": "bitsandbytes",
                     "load_in_4bit": True,
-                    "bnb_4bit_quant_type": "fp4",
+                    "bnb_4bit_quant_type": "af4",
                 }
             },
-            "bitsandbytes 4-bit fp4",
+            "bitsandbytes 4-bit af4",
         ),
     ],
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import onebase_kernels as kernels
-from onebase_kernels import Nf4Group, dequantize_nf4, quantize_nf4
+from onebase_kernels import WeightGroup, dequantize, quantize_nf4
 from onebase_kernels.cpu.library import runnable_variants
 from onebase_server.errors import ConfigurationError
 from onebase_server.model.weights import load_decoder
@@ -108,7 +108,7 @@ def test_other_weights_or_options_make_another_cached_form(
     decoder = load_decoder(tmp_path / "model", engine_settings())
     assert sum(path.is_dir() for path in (tmp_path / "cache" / "nf4").iterdir()) == 3
     (packed,) = decoder.weights.layers[1].qkv.parts
-    assert isinstance(packed, Nf4Group)
+    assert isinstance(packed, WeightGroup)
     assert not packed.weights[0].scales().any()
 
 
@@ -202,7 +202,7 @@ def test_a_quantised_head_gives_the_logits_of_its_rounded_weights(
     embedding = plain.weights.embedding
     assert torch.equal(quantised.weights.embedding, embedding)
     hidden = torch.randn(3, embedding.shape[1])
-    rounded = dequantize_nf4(quantize_nf4(embedding), torch.float32)
+    rounded = dequantize(quantize_nf4(embedding), torch.float32)
     torch.testing.assert_close(quantised.compute_logits(hidden), hidden @ rounded.T, rtol=1e-4, atol=1e-5)
     assert quantised.weights.report().embedding_bytes > embedding.nbytes
 
@@ -308,8 +308,8 @@ def test_quantised_weights_that_are_incomplete_or_of_another_shape_are_named(
     k_proj = {name.replace("k_proj", "q_proj"): tensor for name, tensor in tensors.items() if name.startswith(other)}
     for change, said in (
         (k_proj, r"has the shape \[32, 64\]; config\.json says \[64, 64\]"),
-        ({f"{LAYER}.absmax": tensors[f"{LAYER}.absmax"][:-1]}, "is not a complete bitsandbytes NF4 weight"),
-        ({LAYER: tensors[LAYER][:-1]}, "is not a complete bitsandbytes NF4 weight"),
+        ({f"{LAYER}.absmax": tensors[f"{LAYER}.absmax"][:-1]}, "is not a complete bitsandbytes 4-bit weight"),
+        ({LAYER: tensors[LAYER][:-1]}, "is not a complete bitsandbytes 4-bit weight"),
     ):
         # cloned, for safetensors does not write tensors that share memory
         save_file({name: tensor.clone() for name, tensor in (tensors | change).items()}, damaged / "model.safetensors")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import onebase_kernels as kernels
-from onebase_kernels import BackendName, LoraBatch, Nf4Weight, PackedNf4, Segment, StepInputs
+from onebase_kernels import BackendName, BlockwiseWeight, LoraBatch, PackedWeights, Segment, StepInputs
 from onebase_server.bench.kernels.contenders import against_reference, contenders, regardless_of_step
 from onebase_server.bench.kernels.trial import Call, Contender, Trial, Work
 from onebase_server.bench.kernels.workbench import DTYPE_BYTES, Workbench
@@ -36,7 +36,7 @@ def nf4_linear(group: ProjectionGroup, bench: Workbench) -> Iterator[Trial]:
             _product(weights.nbytes, rows, group.in_features, sum(group.widths)),
             (
                 *contenders(
-                    {name: _each(kernels.nf4_linear, x, packed) for name, packed in weights.packed.items()},
+                    {name: _each(kernels.quantized_linear, x, packed) for name, packed in weights.packed.items()},
                 ),
                 Contender(DENSE, _each(F.linear, x, weights.dense)),
             ),
@@ -133,7 +133,7 @@ class Nf4Copies:
 
     nbytes: int
     """Of one copy in NF4."""
-    packed: dict[BackendName, list[PackedNf4]]
+    packed: dict[BackendName, list[PackedWeights]]
     dense: list[Tensor]
 
 
@@ -178,11 +178,11 @@ def _copies(tensor: Tensor, count: int) -> list[Tensor]:
     return [tensor.clone() for _ in range(count)]
 
 
-def _pack_copies(weights: Sequence[Nf4Weight], count: int, backend: BackendName) -> list[PackedNf4]:
+def _pack_copies(weights: Sequence[BlockwiseWeight], count: int, backend: BackendName) -> list[PackedWeights]:
     """Each in memory of its own, also where a back end packs nothing."""
     kernels.use_backend(backend, weights[0].codes.device.type)
     return [
-        kernels.pack_nf4([Nf4Weight(w.codes.clone(), w.absmax.clone(), w.shape, w.nested) for w in weights])
+        kernels.pack_quantized([BlockwiseWeight(w.codes.clone(), w.absmax.clone(), w.shape, w.nested) for w in weights])
         for _ in range(count)
     ]
 

@@ -1,13 +1,11 @@
-"""NF4, the 4-bit data type of QLoRA (arXiv 2305.14314, section 3 and appendix E): the weight, to it and back.
+"""Block-wise 4-bit quantisation by a codebook, NF4 or FP4: the weight, to it and back.
 
-Every bit is what bitsandbytes' `quantize_4bit(weight, quant_type="nf4", blocksize=64)` gives, with and without
+Every bit is what bitsandbytes' `quantize_4bit(weight, quant_type=codebook.name, blocksize=64)` gives, with and without
 `compress_statistics` (double quantisation). Work goes in chunks, so that the peak is the result and a few MiB.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,25 +15,42 @@ BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 """Consecutive scales that share a scale of their own under double quantisation."""
 
-# Quantiles of the standard normal distribution, scaled to [-1, 1], with an exact zero (the paper's appendix E).
-NF4_VALUES = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
+
+@dataclass(frozen=True)
+class Codebook:
+    """What the codes 0 to 15 stand for, in [-1, 1]."""
+
+    name: str
+    """bitsandbytes' `quant_type`."""
+    values: tuple[float, ...]
+
+
+NF4 = Codebook(
+    "nf4",
+    (
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
 )
+"""Quantiles of the standard normal distribution and an exact zero (QLoRA, arXiv 2305.14314, section 3, appendix E)."""
+
+_FP4_MAGNITUDES = tuple(value / 12 for value in (0, 0.0625, 8, 12, 4, 6, 2, 3))
+FP4 = Codebook("fp4", (*_FP4_MAGNITUDES, *(-value for value in _FP4_MAGNITUDES)))
+"""Floating point of 4 bits as bitsandbytes has it: a sign, two bits of exponent, one of fraction; the largest is 1."""
 
 _TINY = 1e-38  # what a block of zeros is divided by
 _CHUNK = 1 << 21  # weights worked on at a time; a multiple of the block size
@@ -59,25 +74,26 @@ class NestedScales:
 
 
 @dataclass(frozen=True, eq=False)
-class Nf4Weight:
-    """A linear's weight [out, in] in NF4: two codes to a byte, the first in the high half; a scale per block of 64."""
+class BlockwiseWeight:
+    """A linear's weight [out, in] in NF4 or FP4: a code for each weight, a scale for each block of 64."""
 
     codes: Tensor
-    """uint8 [⌈out · in / 2⌉]."""
+    """uint8 [⌈out · in / 2⌉]: two codes to a byte, the first in the high half."""
     absmax: Tensor
     """The block scales [⌈out · in / 64⌉]: fp32, or uint8 codes when `nested` is there."""
     shape: tuple[int, int]
     nested: NestedScales | None = None
+    codebook: Codebook = NF4
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales, the maps that all weights have alike left out."""
         return self.codes.nbytes + self.absmax.nbytes + (self.nested.absmax.nbytes + 4 if self.nested else 0)
 
-    def to(self, device: torch.device) -> "Nf4Weight":
+    def to(self, device: torch.device) -> "BlockwiseWeight":
         """The same on `device`."""
         nested = self.nested.to(device) if self.nested else None
-        return Nf4Weight(self.codes.to(device), self.absmax.to(device), self.shape, nested)
+        return BlockwiseWeight(self.codes.to(device), self.absmax.to(device), self.shape, nested, self.codebook)
 
     def scales(self) -> Tensor:
         """The block scales in fp32, `[⌈out · in / 64⌉]`."""
@@ -88,77 +104,21 @@ class Nf4Weight:
         return values * per_block + self.nested.offset
 
 
-class PackedNf4(Protocol):
-    """The weights of a projection group in the order in which one back end wants to read them; others cannot."""
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Outputs of each weight."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-
-    @property
-    def num_parameters(self) -> int:
-        """Weights that they stand for."""
-
-
-@dataclass(frozen=True, eq=False)
-class Nf4Group:
-    """The weights of a projection group as they are: the packing of the torch back ends."""
-
-    weights: tuple[Nf4Weight, ...]
-    """[Nᵢ, K] each."""
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Outputs of each weight."""
-        return tuple(weight.shape[0] for weight in self.weights)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return sum(weight.nbytes for weight in self.weights)
-
-    @property
-    def num_parameters(self) -> int:
-        """Weights that they stand for."""
-        return sum(weight.shape[0] * weight.shape[1] for weight in self.weights)
-
-
-def unpacked(packed: PackedNf4) -> Nf4Group:
-    """`packed` itself, if it is the torch back ends' packing; raises TypeError."""
-    if not isinstance(packed, Nf4Group):
-        raise TypeError("These NF4 weights were packed by another back end; choose the back end before loading.")
-    return packed
-
-
-def join_linears(packed: PackedNf4, linear: Callable[[Nf4Weight], Tensor], bias: Tensor | None = None) -> Tensor:
-    """`linear` of each weight of an `Nf4Group`, [T, Nᵢ], side by side, plus bias [ΣNᵢ]: [T, ΣNᵢ]."""
-    outputs = [linear(weight) for weight in unpacked(packed).weights]
-    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-    return joined if bias is None else joined + bias
-
-
-def quantize_nf4(weight: Tensor, double_quant: bool = True) -> Nf4Weight:
+def quantize_nf4(weight: Tensor, double_quant: bool = True) -> BlockwiseWeight:
     """Round `weight` [out, in] (fp32, bf16 or fp16) to NF4; `double_quant` rounds the block scales to 8 bits too."""
-    flat = weight.reshape(-1)
-    chunks = [_quantize_chunk(chunk) for chunk in torch.split(flat, _CHUNK)]
-    codes = torch.cat([codes for codes, _ in chunks])
-    absmax = torch.cat([absmax for _, absmax in chunks])
-    shape = (weight.shape[0], weight.shape[1])
-    if not double_quant:
-        return Nf4Weight(codes, absmax, shape)
-    scale_codes, nested = _quantize_scales(absmax)
-    return Nf4Weight(codes, scale_codes, shape, nested)
+    return _quantize(weight, NF4, double_quant)
 
 
-def dequantize_nf4(weight: Nf4Weight, dtype: torch.dtype) -> Tensor:
+def quantize_fp4(weight: Tensor, double_quant: bool = True) -> BlockwiseWeight:
+    """Round `weight` [out, in] (fp32, bf16 or fp16) to FP4; `double_quant` rounds the block scales to 8 bits too."""
+    return _quantize(weight, FP4, double_quant)
+
+
+def dequantize_blockwise(weight: BlockwiseWeight, dtype: torch.dtype) -> Tensor:
     """The weight [out, in] that the codes stand for: fp32 products, rounded once to `dtype`."""
     count = weight.shape[0] * weight.shape[1]
     out = torch.empty(count, dtype=dtype, device=weight.codes.device)
-    pairs = _value_pairs(weight.codes.device)
+    pairs = _value_pairs(weight.codebook, weight.codes.device)
     scales = weight.scales()
     for start in range(0, count, _CHUNK):
         stop = min(start + _CHUNK, count)
@@ -168,7 +128,18 @@ def dequantize_nf4(weight: Nf4Weight, dtype: torch.dtype) -> Tensor:
     return out.view(weight.shape)
 
 
-def _quantize_chunk(chunk: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize(weight: Tensor, codebook: Codebook, double_quant: bool) -> BlockwiseWeight:
+    chunks = [_quantize_chunk(chunk, codebook) for chunk in torch.split(weight.reshape(-1), _CHUNK)]
+    codes = torch.cat([codes for codes, _ in chunks])
+    absmax = torch.cat([absmax for _, absmax in chunks])
+    shape = (weight.shape[0], weight.shape[1])
+    if not double_quant:
+        return BlockwiseWeight(codes, absmax, shape, codebook=codebook)
+    scale_codes, nested = _quantize_scales(absmax)
+    return BlockwiseWeight(codes, scale_codes, shape, nested, codebook)
+
+
+def _quantize_chunk(chunk: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
     """Codes and scales of consecutive weights that start on a block boundary."""
     values = chunk.float()
     ragged = values.numel() % BLOCK_SIZE
@@ -184,7 +155,8 @@ def _quantize_chunk(chunk: Tensor) -> tuple[Tensor, Tensor]:
         scaled = torch.cat([scaled, values[whole:] / last_absmax])
     if scaled.numel() % 2:
         scaled = torch.nn.functional.pad(scaled, (0, 1))
-    codes = torch.bucketize(scaled, _midpoints(chunk.device), out_int32=True).to(torch.uint8)
+    order, midpoints = _ascending(codebook, chunk.device)
+    codes = order[torch.bucketize(scaled, midpoints, out_int32=True)]
     return (codes[::2] << 4) | codes[1::2], absmax
 
 
@@ -226,13 +198,15 @@ def dynamic_map(device: torch.device) -> Tensor:
 
 
 @cache
-def _midpoints(device: torch.device) -> Tensor:
-    values = torch.tensor(NF4_VALUES, dtype=torch.float32, device=device)
-    return (values[:-1] + values[1:]) / 2
+def _ascending(codebook: Codebook, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The codes by ascending value, uint8 [16], and the values halfway from each to the next, fp32 [15]."""
+    values = torch.tensor(codebook.values, dtype=torch.float32, device=device)
+    values, order = torch.sort(values, stable=True)  # FP4 has two zeros
+    return order.to(torch.uint8), (values[:-1] + values[1:]) / 2
 
 
 @cache
-def _value_pairs(device: torch.device) -> Tensor:
+def _value_pairs(codebook: Codebook, device: torch.device) -> Tensor:
     """fp32 [256, 2]: the two values that a byte of codes stands for."""
-    values = torch.tensor(NF4_VALUES, dtype=torch.float32, device=device)
+    values = torch.tensor(codebook.values, dtype=torch.float32, device=device)
     return torch.cartesian_prod(values, values)

@@ -1,4 +1,4 @@
-"""The NF4 form of a checkpoint, kept in the cache directory as an ordinary bitsandbytes checkpoint.
+"""The quantised form of a checkpoint, kept in the cache directory as a checkpoint that came quantised would be.
 
 It is made once, layer by layer, so that the peak of memory is one layer, and appears whole or not at all.
 """
@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +15,39 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from onebase_kernels import quantize_nf4
 from onebase_server.errors import ConfigurationError
-from onebase_server.model import bnb_format
+from onebase_server.model import weight_formats
 from onebase_server.model.checkpoint import Checkpoint
 from onebase_server.model.checkpoint_writer import Progress, write_checkpoint
 from onebase_server.model.config import ModelConfig
 from onebase_server.model.names import layer_shapes, linear_shapes, outer_shapes
+from onebase_server.model.weight_formats import Quantization
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of the fingerprint; another number makes every cached form anew."""
 
 
-def nf4_checkpoint(
+def quantized_checkpoint(
     source: Checkpoint,
     config: ModelConfig,
     cache_dir: Path,
-    double_quant: bool,
+    quantization: Quantization,
     device: torch.device,
     on_progress: Progress | None = None,
 ) -> Checkpoint:
-    """The NF4 form of `source` in `cache_dir/nf4/<fingerprint>`, made there (computing on `device`) if it is not yet.
+    """The quantised form of `source` in `cache_dir/<format>/<fingerprint>`, made there on `device` if it is not yet.
 
     Raises:
-        ConfigurationError: the cache directory cannot be written.
+        ConfigurationError: the cache directory cannot be written, or a linear cannot be quantised so.
     """
-    target = cache_dir / "nf4" / _fingerprint(source, double_quant)
+    target = cache_dir / quantization.name / _fingerprint(source, quantization)
     if target.is_dir():
         return Checkpoint(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_suffix(".lock")):  # of two servers that start together one quantises, the other waits
             if not target.is_dir():
-                _build(source, config, target, double_quant, device, on_progress)
+                _build(source, config, target, quantization, device, on_progress)
     except OSError as error:
         raise ConfigurationError(
             f"The quantised weights cannot be written to {target.parent} ({error}). "
@@ -59,7 +60,7 @@ def _build(
     source: Checkpoint,
     config: ModelConfig,
     target: Path,
-    double_quant: bool,
+    quantization: Quantization,
     device: torch.device,
     on_progress: Progress | None,
 ) -> None:
@@ -68,9 +69,9 @@ def _build(
     shutil.rmtree(partial, ignore_errors=True)  # an earlier process was killed here; the lock says none is at work
     partial.mkdir()
     try:
-        shards = _shards(source, config, double_quant, device)
+        shards = _shards(source, config, quantization, device)
         write_checkpoint(
-            partial, shards, config.num_layers + 1, _config_json(source.directory, double_quant), on_progress
+            partial, shards, config.num_layers + 1, _config_json(source.directory, quantization), on_progress
         )
         partial.rename(target)
     except BaseException:
@@ -79,7 +80,7 @@ def _build(
 
 
 def _shards(
-    source: Checkpoint, config: ModelConfig, double_quant: bool, device: torch.device
+    source: Checkpoint, config: ModelConfig, quantization: Quantization, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
     """The tensors of each file to write: what is in no layer, then layer by layer."""
     yield source.read(outer_shapes(config))
@@ -87,22 +88,28 @@ def _shards(
         tensors = source.read(layer_shapes(config, layer))
         for name in linear_shapes(config, layer):
             weight = tensors.pop(f"{name}.weight")
-            quantised = quantize_nf4(weight.to(device), double_quant)
-            tensors |= bnb_format.to_tensors(f"{name}.weight", quantised, weight.dtype)
+            try:
+                quantised = quantization.quantize(weight.to(device))
+            except ValueError as error:
+                raise ConfigurationError(
+                    f"{name} cannot be quantised to {quantization.name}: {error} "
+                    "Choose a smaller --group-size or another --quantization."
+                ) from error
+            tensors |= weight_formats.to_tensors(f"{name}.weight", quantised, weight.dtype)
         yield tensors
 
 
-def _config_json(source: Path, double_quant: bool) -> dict[str, Any]:
+def _config_json(source: Path, quantization: Quantization) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    return bnb_format.described_as_nf4(config, double_quant)
+    return quantization.described(config)
 
 
-def _fingerprint(source: Checkpoint, double_quant: bool) -> str:
+def _fingerprint(source: Checkpoint, quantization: Quantization) -> str:
     """What the cached form depends on: the configuration, the files (path, size, time of change) and the options.
 
     Paths are resolved: under a hub cache that is the name of the content, whatever its times say.
     """
     files = [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path in source.files for stat in [path.stat()]]
     config = (source.directory / "config.json").read_text(encoding="utf-8")
-    facts = json.dumps([FORMAT_VERSION, double_quant, files, config])
+    facts = json.dumps([FORMAT_VERSION, asdict(quantization), files, config])
     return hashlib.sha256(facts.encode()).hexdigest()[:32]
