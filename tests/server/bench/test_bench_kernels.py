@@ -79,14 +79,14 @@ def test_every_op_is_timed_and_written(bench_kernels: Callable[..., Result], wor
         for measured in trial["timings"].values():
             assert 0 < measured["lowest"] <= measured["median"] <= measured["highest"]
         assert trial["cached_roofline_seconds"] > 0
-    products = next(trial for trial in written["trials"] if trial["op"] == "nf4_linear")
+    products = next(trial for trial in written["trials"] if trial["op"] == "quantized_linear")
     assert {"reference", "bitsandbytes", DENSE} <= set(products["timings"])
     assert written["rooflines"]["memory_bandwidth"] > 0
     assert set(written["rooflines"]["gemm"]) == {"bfloat16", "float32"}
     assert written["machine"]["cpu"]
     plots = {path.name.split("-kernels-")[1] for path in (tmp_path / "results").glob("*.png")}
     assert plots == {f"{trial['op'].strip('_')}.png" for trial in written["trials"]}
-    for heading in ("nf4_linear gate_up", "of memory roofline", "bitsandbytes takes", "GFLOP/s"):
+    for heading in ("quantized_linear gate_up", "of memory roofline", "bitsandbytes takes", "GFLOP/s"):
         assert heading in result.output
 
 
@@ -105,7 +105,7 @@ def test_all_contenders_compute_the_same(make_bench: Callable[..., Workbench]) -
         for result in results[1:]:
             torch.testing.assert_close(result, results[0], rtol=0.05, atol=0.05)
         compared.add(trial.op)
-    assert {"nf4_linear", "paged_attention", "head_logits", "embed"} <= compared
+    assert {"quantized_linear", "paged_attention", "head_logits", "embed"} <= compared
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_presets_have_the_size_of_their_name(shape: str, parameters: int) -> Non
     [
         ([], "Say whose shapes: --demo, --base or --shape."),
         (["--demo", "--shape", "8b"], "Say whose shapes: --demo, --base or --shape."),
-        (["--shape", "8b", "--ops", "silu_mul,softmax"], "there is no op softmax. There are nf4_linear,"),
+        (["--shape", "8b", "--ops", "silu_mul,softmax"], "there is no op softmax. There are quantized_linear,"),
         (["--shape", "8b", "--rows", "0"], "--rows is wrong"),
         (["--base", "/not/there"], "/not/there holds no config.json"),
     ],
@@ -260,8 +260,8 @@ sys.modules.update(dict.fromkeys(missing))
 from onebase_server.bench.kernels import measure, rooflines, timing
 rooflines.MEMORY_BYTES, rooflines.GEMM_SIZES = {MEBIBYTE}, {{"cpu": (64,)}}
 measure.last_level_cache_bytes, timing.MEASUREMENT_SECONDS, timing.SETTLE_SECONDS = lambda _: {MEBIBYTE}, 1e-4, 0
-options = ["--base", "{word_base}", "--device", "cpu", "--ops", "silu_mul,nf4_linear", "--rows", "1", "--repeats", "1"]
-sys.argv[1:] = [*options, "--threads", "1", "--output", "{tmp_path}"]
+options = ["--base", "{word_base}", "--device", "cpu", "--ops", "silu_mul,quantized_linear", "--rows", "1"]
+sys.argv[1:] = [*options, "--repeats", "1", "--threads", "1", "--output", "{tmp_path}"]
 runpy.run_module("onebase_server.commands.bench_kernels", run_name="__main__")
 """
     subprocess.run([sys.executable, "-c", program], check=True)

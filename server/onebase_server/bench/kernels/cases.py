@@ -27,7 +27,7 @@ def list_cases(config: ModelConfig, ops: Sequence[str]) -> list[Case]:
     Raises:
         ConfigurationError: there is no such op.
     """
-    products = (linear_cases.nf4_linear, linear_cases.dense_linear, linear_cases.add_lora_)
+    products = (linear_cases.quantized_linear, linear_cases.dense_linear, linear_cases.add_lora_)
     every = [
         *(Case(op.__name__, group.name, partial(op, group)) for op in products for group in config.projection_groups),
         Case("write_kv_", "", attention_cases.write_kv_),

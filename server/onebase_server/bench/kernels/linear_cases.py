@@ -25,14 +25,14 @@ DENSE = "dense bf16"
 LOGIT_BYTES = 4
 
 
-def nf4_linear(group: ProjectionGroup, bench: Workbench) -> Iterator[Trial]:
+def quantized_linear(group: ProjectionGroup, bench: Workbench) -> Iterator[Trial]:
     """The products of a projection group with its weights in NF4."""
     backends = bench.rivals("reference", "bitsandbytes")
     weights = nf4_copies(bench, backends, group.widths, group.in_features)
     for rows in bench.options.rows:
         x = bench.random(rows, group.in_features)
         yield Trial(
-            *("nf4_linear", group.name, rows),
+            *("quantized_linear", group.name, rows),
             _product(weights.nbytes, rows, group.in_features, sum(group.widths)),
             (
                 *contenders(
