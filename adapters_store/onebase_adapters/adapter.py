@@ -283,6 +283,7 @@ class BaseLayout:
 #   │   ├── InvalidConfig 422      adapter_config.json is not what PEFT writes
 #   │   ├── UnsupportedAdapter 422 a PEFT type or option that this server does not carry
 #   │   ├── InvalidTensors 422     not safetensors, truncated, NaN, wrong shapes or dtypes, nothing matched
+#   │   ├── InvalidTokenizer 422   a tokenizer file or chat template that cannot be read
 #   │   ├── RankTooLarge 422
 #   │   ├── InvalidName 422
 #   │   └── DigestMismatch 422
@@ -336,6 +337,12 @@ class InvalidTensors(InvalidUpload):
     """The tensors are not safetensors, truncated, not finite, of a wrong shape or dtype, or match no linear."""
 
     code = "invalid_adapter_tensors"
+
+
+class InvalidTokenizer(InvalidUpload):
+    """A tokenizer file, or the chat template, is not what it should be."""
+
+    code = "invalid_adapter_tokenizer"
 
 
 class RankTooLarge(InvalidUpload):

@@ -1,7 +1,8 @@
 """An uploaded archive to a PEFT directory: zip, tar or tar.gz, none of which is trusted.
 
-Only the two files that make an adapter are written, under their plain names, so nothing that a member's name says can
-lead out of the directory; a suspicious member is refused all the same. It knows nothing of what is in the files.
+Only the files that make an adapter and its tokenizer are written, under their plain names, so nothing that a member's
+name says can lead out of the directory; a suspicious member is refused all the same. It knows nothing of what is in the
+files.
 """
 
 import gzip
@@ -18,12 +19,10 @@ from typing import IO, TYPE_CHECKING
 
 from .adapter import InvalidArchive, UploadTooLarge
 from .peft_config import CONFIG_FILE
-from .peft_format import WEIGHTS_FILE, require_files
+from .peft_format import ADAPTER_FILES, WEIGHTS_FILE, require_files
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
-
-WANTED = (CONFIG_FILE, WEIGHTS_FILE)
 
 MAX_FILES = 1000
 """Most members of an archive: an adapter with its tokenizer and a few checkpoints has tens."""
@@ -47,9 +46,9 @@ class _Member:
 
 
 def unpack(archive: Path, directory: Path, *, max_bytes: int, max_files: int = MAX_FILES) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors` of an archive into an existing directory.
+    """Write `adapter_config.json`, `adapter_model.safetensors` and the tokenizer's files into an existing directory.
 
-    They are taken from the archive's root, or from its one sub-folder that has them; other files are ignored.
+    They are taken from the archive's root, or from its one sub-folder that has the first two; others are ignored.
 
     Raises:
         InvalidArchive: not an archive, damaged, encrypted, or it holds a path that leaves it, a link or a device.
@@ -97,19 +96,19 @@ def _check(members: Iterator[_Member], max_files: int) -> set[str]:
 
 
 def _choose(names: set[str]) -> dict[str, str]:
-    """The paths of the two wanted files, with the plain name that each is written under."""
+    """The paths that the wanted files have or would have, with the plain name that each is written under."""
     if CONFIG_FILE in names or WEIGHTS_FILE in names:
         folder = PurePosixPath()
     else:
         paths = [PurePosixPath(name) for name in sorted(names)]
-        folders = {path.parent for path in paths if path.name in WANTED and len(path.parts) == 2}
+        folders = {path.parent for path in paths if path.name in (CONFIG_FILE, WEIGHTS_FILE) and len(path.parts) == 2}
         if len(folders) > 1:
             raise InvalidArchive(
                 f"The archive holds several adapters, in {sorted(map(str, folders))}; upload one at a time."
             )
         folder = folders.pop() if folders else PurePosixPath()
     require_files([PurePosixPath(name).name for name in names if PurePosixPath(name).parent == folder])
-    return {str(folder / name): name for name in WANTED}
+    return {str(folder / name): name for name in ADAPTER_FILES}
 
 
 def _extract(members: Iterator[_Member], chosen: dict[str, str], directory: Path, max_bytes: int) -> None:

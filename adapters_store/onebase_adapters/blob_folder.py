@@ -13,14 +13,13 @@ from threading import Lock
 from .blobs import file_digest, sync
 from .locks import exclusive_if_free, is_locked, lock_shared
 
-SUFFIX = ".safetensors"
-
 
 class BlobFolder:
     """Blobs named by their digest, each leased by any number of threads and processes."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, suffix: str) -> None:
         self.directory = directory
+        self._suffix = suffix
         self._mutex = Lock()
         self._leases: dict[str, tuple[int, int]] = {}
         """Digest to the descriptor that holds this process's shared lock, and how many leases share it."""
@@ -32,7 +31,7 @@ class BlobFolder:
 
     def path(self, digest: str) -> Path:
         """Where the blob of this digest lies, or would lie."""
-        return self.directory / f"{digest}{SUFFIX}"
+        return self.directory / f"{digest}{self._suffix}"
 
     def unused(self, wanted: Collection[str]) -> list[Path]:
         """Files of the folder that are not wanted blobs and that nobody leases; the caller holds the store's lock."""

@@ -28,20 +28,24 @@ from sqlalchemy import (
     create_engine,
     event,
     func,
+    or_,
     select,
 )
 from sqlalchemy.exc import DatabaseError
 
 from .adapter import Adapter, AdapterNotFound, BaseLayout, StoreError, VersionNotFound
+from .tokenizer_form import TokenizerForm
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 6
 UPGRADES = {
     "1": "ALTER TABLE versions ADD COLUMN num_virtual_tokens INTEGER NOT NULL DEFAULT 0",
     "2": "ALTER TABLE versions ADD COLUMN invocation_tokens VARCHAR NOT NULL DEFAULT ''",
     "3": "ALTER TABLE versions ADD COLUMN vocab_size INTEGER",
+    "4": "ALTER TABLE versions ADD COLUMN tokenizer_digest VARCHAR",
+    "5": "ALTER TABLE versions ADD COLUMN tokenizer_parts VARCHAR NOT NULL DEFAULT ''",
 }
 """What makes the next schema of each earlier one; the first knew no prefixes, the second no aLoRA, the third no
-vocabularies."""
+vocabularies, the fourth and fifth no tokenizers."""
 BUSY_SECONDS = 30
 LARGEST_INTEGER = 2**63 - 1
 """SQLite's; a version beyond it cannot even be asked for."""
@@ -70,6 +74,8 @@ _versions = Table(
     Column("num_virtual_tokens", Integer, nullable=False, server_default="0"),
     Column("invocation_tokens", String, nullable=False, server_default=""),  # separated by commas
     Column("vocab_size", Integer),  # null for the base's
+    Column("tokenizer_digest", String),  # null where the base's tokenizer is used
+    Column("tokenizer_parts", String, nullable=False, server_default=""),  # separated by commas
 )
 
 
@@ -95,6 +101,10 @@ class AdapterVersion:
     """What a prompt calls an aLoRA with; empty for other adapters."""
     vocab_size: int | None
     """How many tokens the adapter has; None for as many as the base."""
+    tokenizer_digest: str | None
+    """sha256 of what it brought of a tokenizer, hexadecimal; None if it uses the base's."""
+    tokenizer_parts: tuple[str, ...]
+    """What that is: `vocabulary`, `special_tokens`, `chat_template`."""
     is_live: bool
     """Whether it answered to the plain name when it was looked up."""
 
@@ -164,6 +174,18 @@ class Catalogue:
         """What an adapter has to fit."""
         return _parse_layout(self._meta("layout"))
 
+    @property
+    def base_tokenizer(self) -> str | None:
+        """The digest of the base's tokenizer, if it has been told."""
+        with self._engine.connect() as connection:
+            return connection.scalar(select(_meta.c.value).where(_meta.c.key == "base_tokenizer"))
+
+    def remember_base_tokenizer(self, digest: str) -> None:
+        """Note the digest of the base's tokenizer in place of the one before."""
+        with self._transaction() as connection:
+            connection.execute(_meta.delete().where(_meta.c.key == "base_tokenizer"))
+            connection.execute(_meta.insert().values(key="base_tokenizer", value=digest))
+
     def resolve(self, name: str, version: int | None = None) -> AdapterVersion:
         """The live version of a name, or the one asked for.
 
@@ -186,22 +208,24 @@ class Catalogue:
         return self._read(_select_versions())
 
     def digests(self) -> set[str]:
-        """The blobs that are wanted."""
+        """The blobs that are wanted, of adapters and of tokenizers."""
+        of_adapters, of_tokenizers = select(_versions.c.digest), select(_versions.c.tokenizer_digest)
+        of_base = select(_meta.c.value).where(_meta.c.key == "base_tokenizer")
         with self._engine.connect() as connection:
-            return set(connection.scalars(select(_versions.c.digest)))
+            return set(connection.scalars(of_adapters.union(of_tokenizers, of_base))) - {None}
 
     def refers_to(self, digest: str) -> bool:
-        """Whether any version is this blob."""
+        """Whether any version has this blob."""
         with self._engine.connect() as connection:
-            return (
-                connection.scalar(select(_versions.c.digest).where(_versions.c.digest == digest).limit(1)) is not None
-            )
+            return connection.scalar(select(_versions.c.name).where(_has_blob([digest])).limit(1)) is not None
 
     def is_live(self, digest: str) -> bool:
         """Whether this blob is the live version of any name."""
         return bool(self._read(_select_versions(_versions.c.digest == digest, _is_live)))
 
-    def add(self, name: str, adapter: Adapter, digest: str, source_sha256: str) -> AdapterVersion:
+    def add(
+        self, name: str, adapter: Adapter, digest: str, source_sha256: str, tokenizer: TokenizerForm | None
+    ) -> AdapterVersion:
         """Record the next version of a name, live at once."""
         with self._transaction() as connection:
             last = connection.scalar(select(_adapters.c.last_version).where(_adapters.c.name == name))
@@ -225,6 +249,8 @@ class Catalogue:
                     num_virtual_tokens=adapter.num_virtual_tokens,
                     invocation_tokens=",".join(map(str, adapter.invocation_tokens)),
                     vocab_size=adapter.vocab_size,
+                    tokenizer_digest=tokenizer.digest if tokenizer else None,
+                    tokenizer_parts=",".join(tokenizer.parts) if tokenizer else "",
                 )
             )
             return _resolve(connection, name, version)
@@ -262,13 +288,13 @@ class Catalogue:
             return removed
 
     def drop_blobs(self, digests: Collection[str]) -> dict[str, int | None]:
-        """Forget the versions that are these blobs; where one was live, the newest version left becomes live.
+        """Forget the versions that have these blobs; where one was live, the newest version left becomes live.
 
         Returns:
             The names whose live version went, with the version that is live now; None where no version is left.
         """
         with self._transaction() as connection:
-            dropped = _versions.c.digest.in_(digests)
+            dropped = _has_blob(digests)
             names = connection.scalars(_select_versions(dropped, _is_live).with_only_columns(_versions.c.name)).all()
             connection.execute(_versions.delete().where(dropped))
             now_live: dict[str, int | None] = {}
@@ -353,6 +379,10 @@ def _configure(connection: Any, _record: object) -> None:
     connection.execute("PRAGMA foreign_keys = ON")
 
 
+def _has_blob(digests: Collection[str]) -> ColumnElement[bool]:
+    return or_(_versions.c.digest.in_(digests), _versions.c.tokenizer_digest.in_(digests))
+
+
 def _resolve(connection: Connection, name: str, version: int | None) -> AdapterVersion:
     row = None
     if version is None:
@@ -384,6 +414,8 @@ def _parse_row(row: Row[Any]) -> AdapterVersion:
         num_virtual_tokens=row.num_virtual_tokens,
         invocation_tokens=tuple(map(int, row.invocation_tokens.split(","))) if row.invocation_tokens else (),
         vocab_size=row.vocab_size,
+        tokenizer_digest=row.tokenizer_digest,
+        tokenizer_parts=tuple(row.tokenizer_parts.split(",")) if row.tokenizer_parts else (),
         is_live=bool(row.is_live),
     )
 

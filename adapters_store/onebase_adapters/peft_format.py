@@ -13,8 +13,12 @@ from .peft_lora import read_lora
 from .peft_prefix import read_prefix
 from .peft_vera import read_vera
 from .tensor_file import map_tensors
+from .tokenizer_files import TOKENIZER_FILES
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER_FILES)
+"""What is read of a directory; the first two have to be there."""
 
 PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 

@@ -3,6 +3,7 @@
     root/
       catalogue.sqlite3   names, versions, what is live, which base all this is for
       blobs/              one file per adapter, named by its sha256
+      tokenizers/         the base's tokenizer, and one file per tokenizer that an adapter brought, named likewise
       staging/            what is not finished
       lock                held while a blob and the catalogue change together
 
@@ -33,9 +34,11 @@ from .blob_folder import BlobFolder
 from .blobs import file_digest, write_blob
 from .catalogue import AdapterVersion, Catalogue
 from .locks import exclusive
-from .peft_config import CONFIG_FILE
-from .peft_format import WEIGHTS_FILE, check_directory, parse
+from .peft_format import ADAPTER_FILES, WEIGHTS_FILE, check_directory, parse
+from .peft_tokenizer import read_own_tokenizer
 from .staging import Staging
+from .tokenizer_files import TOKENIZER_FILES
+from .tokenizer_form import TokenizerForm, read_tokenizer_blob, write_tokenizer_blob
 
 NAME = regex.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -48,6 +51,8 @@ class DamagedVersion:
     """A version whose blob is not what the catalogue says."""
 
     version: AdapterVersion
+    digest: str
+    """Of the blob that it is about, the adapter's or its tokenizer's."""
     problem: Literal["missing", "changed"]
 
 
@@ -82,7 +87,8 @@ class AdapterStore:
         self.base_name = catalogue.base_name
         self._catalogue = catalogue
         self._lock = root / "lock"
-        self._blobs = BlobFolder(root / "blobs")
+        self._blobs = BlobFolder(root / "blobs", ".safetensors")
+        self._tokenizers = BlobFolder(root / "tokenizers", ".json")
         self._staging = Staging(root / "staging", self._lock)
 
     @classmethod
@@ -92,10 +98,13 @@ class AdapterStore:
         layout: BaseLayout | None = None,
         *,
         base_name: str | None = None,
+        base_tokenizer: TokenizerForm | None = None,
         max_rank: int = DEFAULT_MAX_RANK,
         max_upload_bytes: int = DEFAULT_MAX_UPLOAD_BYTES,
     ) -> "AdapterStore":
         """Open the store at `root`; given a base's layout and name, create it if it is not there.
+
+        The base's tokenizer is remembered, for adapters that bring one are compared with it.
 
         Raises:
             StoreError: it is damaged or for another base, or it is not there and no base was given.
@@ -104,12 +113,15 @@ class AdapterStore:
         catalogue_path = root / "catalogue.sqlite3"
         if not catalogue_path.exists() and (layout is None or base_name is None):
             raise StoreError(f"{root} is not an adapter store, and no base was given to create one for.")
-        for folder in ("blobs", "staging"):
+        for folder in ("blobs", "tokenizers", "staging"):
             (root / folder).mkdir(parents=True, exist_ok=True)
         (root / "lock").touch()
         with exclusive(root / "lock"):
             catalogue = Catalogue.open(catalogue_path, layout, base_name)
-        return cls(root, catalogue, max_rank=max_rank, max_upload_bytes=max_upload_bytes)
+        store = cls(root, catalogue, max_rank=max_rank, max_upload_bytes=max_upload_bytes)
+        if base_tokenizer is not None:
+            store._remember_base_tokenizer(base_tokenizer)
+        return store
 
     def close(self) -> None:
         """Close the catalogue's connections."""
@@ -139,6 +151,7 @@ class AdapterStore:
 
         Raises:
             InvalidUpload: one of its kinds; nothing has changed and nothing is left behind.
+            StoreError: the adapter brings a tokenizer, and the store has never been told the base's.
         """
         if not NAME.fullmatch(name):
             raise InvalidName(
@@ -153,11 +166,14 @@ class AdapterStore:
             adapter = parse(directory, self.layout, max_rank=self.max_rank)
             if accept is not None:
                 accept(adapter)
+            tokenizer = self._read_own_tokenizer(directory)
             blob = workspace / "blob"
             digest = write_blob(adapter, blob)
             with exclusive(self._lock):
                 self._blobs.place(blob, digest)
-                return self._catalogue.add(name, adapter, digest, source_sha256)
+                if tokenizer is not None:
+                    self._place_tokenizer(tokenizer, workspace)
+                return self._catalogue.add(name, adapter, digest, source_sha256, tokenizer)
 
     def resolve(self, name: str, version: int | None = None) -> AdapterVersion:
         """The live version of a name, or the one asked for.
@@ -202,13 +218,34 @@ class AdapterStore:
         """
         with exclusive(self._lock):
             removed = self._catalogue.remove(name)
-            for digest in {version.digest for version in removed} - self._catalogue.digests():
-                self._blobs.discard(self.blob_path(digest))
+            wanted = self._catalogue.digests()
+            for version in removed:
+                for digest, (folder, path) in self._files(version).items():
+                    if digest not in wanted:
+                        folder.discard(path)
             return removed
 
     def blob_path(self, digest: str) -> Path:
         """Where the blob of this digest lies."""
         return self._blobs.path(digest)
+
+    @property
+    def base_tokenizer(self) -> TokenizerForm | None:
+        """The base's tokenizer as it was when the store was last opened with it; None if it never was."""
+        digest = self._catalogue.base_tokenizer
+        return None if digest is None else self.read_tokenizer(digest)
+
+    def read_tokenizer(self, digest: str) -> TokenizerForm:
+        """The tokenizer of this digest, which a version names.
+
+        Raises:
+            AdapterNotFound: the versions that named it have been removed.
+            StoreError: it is missing or damaged.
+        """
+        try:
+            return read_tokenizer_blob(self._tokenizers.path(digest))
+        except FileNotFoundError as error:
+            raise self._missing(digest) from error
 
     @contextmanager
     def lease(self, digest: str) -> Iterator[Path]:
@@ -238,27 +275,30 @@ class AdapterStore:
         where such a version was live, the newest whole one becomes live.
         """
         versions = self._catalogue.all_versions()
-        suspects = {digest for digest in {version.digest for version in versions} if self._problem(digest)}
+        files = {digest: path for version in versions for digest, (_, path) in self._files(version).items()}
+        suspects = {digest: path for digest, path in files.items() if _problem(digest, path)}
         with exclusive(self._lock):
             # looked at once more, for a publish or a remove may have come between
-            problems = {digest: problem for digest in suspects if (problem := self._problem(digest))}
+            problems = {digest: problem for digest, path in suspects.items() if (problem := _problem(digest, path))}
             damaged = tuple(
-                DamagedVersion(version, problems[version.digest])
+                DamagedVersion(version, digest, problems[digest])
                 for version in self._catalogue.all_versions()
-                if version.digest in problems
+                for digest in self._files(version)
+                if digest in problems
             )
             now_live = self._catalogue.drop_blobs(problems) if repair and damaged else {}
-            orphans = self._blobs.unused(self._catalogue.digests())
+            wanted = self._catalogue.digests()
+            orphans = [(folder, path) for folder in (self._blobs, self._tokenizers) for path in folder.unused(wanted)]
             left_overs = self._staging.left_overs()
             if repair:
-                for path in orphans:
-                    self._blobs.discard(path)
+                for folder, path in orphans:
+                    folder.discard(path)
                 for path in left_overs:
                     shutil.rmtree(path)
         return VerifyReport(
             versions_checked=len(versions),
             damaged=damaged,
-            orphaned_blobs=tuple(path.name for path in orphans),
+            orphaned_blobs=tuple(path.name for _, path in orphans),
             left_overs=tuple(path.name for path in left_overs),
             repaired=repair,
             now_live=now_live,
@@ -269,20 +309,56 @@ class AdapterStore:
             return StoreError(f"Blob {digest} is missing. Run `onebase adapters verify --repair`, then publish again.")
         return AdapterNotFound(f"The adapter with digest {digest} has been removed.")
 
-    def _problem(self, digest: str) -> Literal["missing", "changed"] | None:
-        try:
-            return None if file_digest(self.blob_path(digest)) == digest else "changed"
-        except FileNotFoundError:
-            return "missing"
+    def _files(self, version: AdapterVersion) -> dict[str, tuple[BlobFolder, Path]]:
+        """A version's blobs by their digests: the adapter's, and its tokenizer's if it brought one."""
+        files = {version.digest: (self._blobs, self._blobs.path(version.digest))}
+        if version.tokenizer_digest is not None:
+            files[version.tokenizer_digest] = (self._tokenizers, self._tokenizers.path(version.tokenizer_digest))
+        return files
+
+    def _read_own_tokenizer(self, directory: Path) -> TokenizerForm | None:
+        if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+            return None
+        base = self.base_tokenizer
+        if base is None:
+            raise StoreError(
+                "The adapter brings tokenizer files, which have to be compared with those of the base, and this store "
+                f"has not seen them yet: give the directory of {self.base_name}, or let a server open the store first."
+            )
+        return read_own_tokenizer(directory, base)
+
+    def _place_tokenizer(self, form: TokenizerForm, workspace: Path) -> None:
+        """Put a form among the tokenizers; the caller holds the lock."""
+        file = workspace / "tokenizer"
+        write_tokenizer_blob(form, file)
+        self._tokenizers.place(file, form.digest)
+
+    def _remember_base_tokenizer(self, form: TokenizerForm) -> None:
+        before = self._catalogue.base_tokenizer
+        if form.digest == before and self._tokenizers.path(before).exists():
+            return
+        with self.staging() as workspace, exclusive(self._lock):
+            self._place_tokenizer(form, workspace)
+            self._catalogue.remember_base_tokenizer(form.digest)
+            if before is not None and before not in self._catalogue.digests():
+                self._tokenizers.discard(self._tokenizers.path(before))
 
     def _take_in(self, source: Path, workspace: Path) -> Path:
         """The directory to read: the source itself if it is in staging, else a copy that nobody else can change."""
         check_directory(source)
-        size = sum((source / name).stat().st_size for name in (CONFIG_FILE, WEIGHTS_FILE))
+        files = [file for name in ADAPTER_FILES if (file := source / name).is_file()]
+        size = sum(file.stat().st_size for file in files)
         if size > self.max_upload_bytes:
             raise UploadTooLarge(f"The adapter has {size} bytes; this server allows at most {self.max_upload_bytes}.")
         if source.absolute().is_relative_to(self._staging.directory):
             return source
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            shutil.copyfile(source / name, workspace / name)
+        for file in files:
+            shutil.copyfile(file, workspace / file.name)
         return workspace
+
+
+def _problem(digest: str, path: Path) -> Literal["missing", "changed"] | None:
+    try:
+        return None if file_digest(path) == digest else "changed"
+    except FileNotFoundError:
+        return "missing"

@@ -24,6 +24,7 @@ from onebase_adapters.peft_format import WEIGHTS_FILE
 from onebase_adapters.store import AdapterStore
 from onebase_server.errors import ConfigurationError
 from onebase_server.model.config import ModelConfig
+from onebase_server.model.tokenizer import read_base_tokenizer
 from onebase_server.progress import byte_progress
 from onebase_server.settings import Settings
 
@@ -162,7 +163,8 @@ def _workspace(directory: Path) -> Iterator[Path]:
 def _publish_adapters(paths: DemoPaths, adapters: Sequence[Path]) -> None:
     """Publish what was never published with these bytes; so a version that the user made live stays live."""
     layout = ModelConfig.from_directory(paths.base).adapter_layout()
-    store = AdapterStore.open(paths.store, layout, base_name=BASE_NAME)
+    tokenizer = read_base_tokenizer(paths.base)
+    store = AdapterStore.open(paths.store, layout, base_name=BASE_NAME, base_tokenizer=tokenizer)
     try:
         for directory in adapters:
             if file_digest(directory / WEIGHTS_FILE) not in _published_digests(store, directory.name):

@@ -26,7 +26,7 @@ from onebase_server.errors import ConfigurationError
 from onebase_server.metrics import Metrics, memory_parts
 from onebase_server.model.config import ModelConfig
 from onebase_server.model.hub import resolve_base
-from onebase_server.model.tokenizer import Tokenizer
+from onebase_server.model.tokenizer import Tokenizer, read_base_tokenizer
 from onebase_server.process_memory import return_free_memory
 from onebase_server.settings import Settings
 
@@ -67,10 +67,12 @@ def with_local_base(settings: Settings) -> Settings:
 @contextlib.contextmanager
 def open_store(settings: Settings) -> Iterator[AdapterStore]:
     """The adapter store, made for this base if it is not there yet; raises StoreError if it is for another."""
+    base = Path(settings.base)
     store = AdapterStore.open(
         settings.store,
-        ModelConfig.from_directory(Path(settings.base)).adapter_layout(),
+        ModelConfig.from_directory(base).adapter_layout(),
         base_name=settings.served_name,
+        base_tokenizer=read_base_tokenizer(base),
         max_rank=settings.max_lora_rank,
         max_upload_bytes=settings.max_upload_bytes,
     )

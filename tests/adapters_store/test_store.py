@@ -338,9 +338,9 @@ def test_a_store_of_an_earlier_version_is_brought_up_to_date(open_store, write_p
     store.publish("pirate", write_peft())
     store.close()
     with closing(sqlite3.connect(store.root / "catalogue.sqlite3")) as database:
-        database.execute("ALTER TABLE versions DROP COLUMN num_virtual_tokens")
-        database.execute("ALTER TABLE versions DROP COLUMN invocation_tokens")
-        database.execute("ALTER TABLE versions DROP COLUMN vocab_size")
+        later = ("num_virtual_tokens", "invocation_tokens", "vocab_size", "tokenizer_digest", "tokenizer_parts")
+        for column in later:
+            database.execute(f"ALTER TABLE versions DROP COLUMN {column}")
         database.execute("UPDATE meta SET value = '1' WHERE key = 'schema_version'")
         database.execute("UPDATE meta SET value = json_remove(value, '$.num_kv_heads') WHERE key = 'layout'")
         database.commit()

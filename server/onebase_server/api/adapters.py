@@ -11,7 +11,7 @@ from starlette.requests import Request
 from onebase_adapters.archive import unpack
 from onebase_adapters.catalogue import AdapterVersion
 from onebase_adapters.peft_config import CONFIG_FILE
-from onebase_adapters.peft_format import WEIGHTS_FILE
+from onebase_adapters.peft_format import ADAPTER_FILES, WEIGHTS_FILE
 from onebase_server.api.auth import require_admin_key
 from onebase_server.api.context import ContextDependency
 from onebase_server.api.responses import AdapterCard, AdapterList, AdapterRemoved
@@ -35,8 +35,7 @@ _UPLOAD_FORM = {
                         "name": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"},
                         "sha256": {"type": "string", "description": f"Expected sha256 of {ARCHIVE} or {WEIGHTS_FILE}."},
                         ARCHIVE: {"type": "string", "format": "binary", "description": "zip, tar or tar.gz."},
-                        CONFIG_FILE: {"type": "string", "format": "binary"},
-                        WEIGHTS_FILE: {"type": "string", "format": "binary"},
+                        **{file: {"type": "string", "format": "binary"} for file in ADAPTER_FILES},
                     },
                 }
             }
@@ -47,7 +46,7 @@ _UPLOAD_FORM = {
 
 @router.post("", status_code=201, openapi_extra=_UPLOAD_FORM)
 async def publish_adapter(request: Request, context: ContextDependency) -> AdapterCard:
-    """Publish the next version of an adapter from a PEFT directory: an archive of it, or its two files."""
+    """Publish the next version of an adapter from a PEFT directory: an archive of it, or its files."""
     max_bytes = context.settings.max_upload_bytes
     async with contextmanager_in_threadpool(context.store.staging()) as staging:
         form = await receive_form(
@@ -55,7 +54,7 @@ async def publish_adapter(request: Request, context: ContextDependency) -> Adapt
             staging,
             max_bytes=max_bytes,
             fields={"name", "sha256"},
-            files={ARCHIVE, CONFIG_FILE, WEIGHTS_FILE},
+            files={ARCHIVE, *ADAPTER_FILES},
         )
         if not form.fields.get("name"):
             raise BadRequest("The form field name is missing.", param="name")
@@ -103,8 +102,10 @@ async def remove_adapter(name: str, context: ContextDependency) -> AdapterRemove
 
 def _source(form: Form) -> UploadedFile:
     """The file that the announced digest is of; raises BadRequest if the form has not one adapter."""
-    if (ARCHIVE in form.files) == (CONFIG_FILE in form.files or WEIGHTS_FILE in form.files):
-        raise BadRequest(f"Send either {ARCHIVE}, or {CONFIG_FILE} and {WEIGHTS_FILE}.", param=ARCHIVE)
+    if (ARCHIVE in form.files) == any(file in form.files for file in ADAPTER_FILES):
+        raise BadRequest(
+            f"Send either {ARCHIVE}, or {CONFIG_FILE}, {WEIGHTS_FILE} and what there is of a tokenizer.", param=ARCHIVE
+        )
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if ARCHIVE not in form.files and file not in form.files:
             raise BadRequest(f"The file {file} is missing.", param=file)
@@ -133,6 +134,7 @@ def _card(version: AdapterVersion) -> AdapterCard:
         bytes=version.nbytes,
         num_parameters=version.num_parameters,
         num_virtual_tokens=version.num_virtual_tokens,
+        own_tokenizer=list(version.tokenizer_parts),
         created=int(version.created_at.timestamp()),
         is_live=version.is_live,
     )

@@ -13,6 +13,7 @@ from onebase_server.api.body_limit import BodyLimit
 from onebase_server.api.context import Context
 from onebase_server.api.errors import Envelope, install_error_handlers
 from onebase_server.api.publishing import Publisher
+from onebase_server.api.tokenizers import Tokenizers
 from onebase_server.engine.client import EngineClient
 from onebase_server.metrics import Metrics
 from onebase_server.model.tokenizer import Tokenizer
@@ -44,7 +45,7 @@ def create_app(
         settings=settings,
         engine=engine,
         store=store,
-        tokenizer=tokenizer,
+        tokenizers=Tokenizers(tokenizer, store),
         metrics=metrics,
         admission=Admission(settings.max_num_seqs + settings.max_waiting),
         publisher=Publisher(store, engine, metrics, settings.served_name),

@@ -13,7 +13,7 @@ from onebase_server.api.auth import require_api_key
 from onebase_server.api.context import ContextDependency
 from onebase_server.api.generation import Generation, Piece
 from onebase_server.api.logprobs import chat_logprobs
-from onebase_server.api.preparation import encode, prepare
+from onebase_server.api.preparation import encode, pin, prepare
 from onebase_server.api.responses import (
     AssistantMessage,
     ChatChoice,
@@ -25,7 +25,6 @@ from onebase_server.api.responses import (
     Usage,
 )
 from onebase_server.api.schemas import ChatCompletionRequest
-from onebase_server.model.tokenizer import Tokenizer
 
 router = APIRouter(tags=["generation"], dependencies=[Depends(require_api_key)], route_class=GenerationRoute)
 
@@ -33,18 +32,20 @@ router = APIRouter(tags=["generation"], dependencies=[Depends(require_api_key)],
 @router.post("/v1/chat/completions", response_model=ChatCompletion)
 async def create_chat_completion(request: Request, body: ChatCompletionRequest, context: ContextDependency) -> Response:
     """Answer a conversation."""
-    prompt = context.tokenizer.render_chat([message.for_template() for message in body.messages])
-    generation = prepare(
-        context,
-        body,
-        f"chatcmpl-{uuid.uuid4().hex}",
-        await encode(context.tokenizer, [prompt], add_special_tokens=False),  # the template has written them
-        param="messages",
-        max_tokens=body.max_completion_tokens or body.max_tokens,
-        default_max_tokens=None,
-        logprobs=body.top_logprobs if body.logprobs else None,
-    )
-    answer = _Answer(generation, body, context.tokenizer)
+    async with pin(context, body) as pinned:
+        prompt = pinned.tokenizer.render_chat([message.for_template() for message in body.messages])
+        generation = prepare(
+            context,
+            pinned,
+            body,
+            f"chatcmpl-{uuid.uuid4().hex}",
+            await encode(pinned.tokenizer, [prompt], add_special_tokens=False),  # the template has written them
+            param="messages",
+            max_tokens=body.max_completion_tokens or body.max_tokens,
+            default_max_tokens=None,
+            logprobs=body.top_logprobs if body.logprobs else None,
+        )
+    answer = _Answer(generation, body)
     if body.stream:
         return EventStream(generation, answer.chunks())
     return await respond_whole(request, generation, answer.whole)
@@ -53,10 +54,9 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest, 
 class _Answer:
     """Pieces to OpenAI's objects."""
 
-    def __init__(self, generation: Generation, body: ChatCompletionRequest, tokenizer: Tokenizer) -> None:
+    def __init__(self, generation: Generation, body: ChatCompletionRequest) -> None:
         self._generation = generation
         self._body = body
-        self._tokenizer = tokenizer
         self._created = int(time.time())
 
     async def chunks(self) -> AsyncGenerator[ChatChunk, None]:
@@ -94,4 +94,6 @@ class _Answer:
     def _logprobs(self, pieces: list[Piece]) -> ChatLogprobs | None:
         if not self._body.logprobs:
             return None
-        return chat_logprobs(self._tokenizer, (logprob for piece in pieces for logprob in piece.logprobs or ()))
+        return chat_logprobs(
+            self._generation.tokenizer, (logprob for piece in pieces for logprob in piece.logprobs or ())
+        )

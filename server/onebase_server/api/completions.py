@@ -11,12 +11,13 @@ from starlette.responses import Response
 
 from onebase_server.api.answering import EventStream, GenerationRoute, respond_whole
 from onebase_server.api.auth import require_api_key
-from onebase_server.api.context import Context, ContextDependency
+from onebase_server.api.context import ContextDependency
 from onebase_server.api.generation import Generation, Piece
 from onebase_server.api.logprobs import CompletionLogprobsFormatter, join_logprobs
-from onebase_server.api.preparation import encode, prepare
+from onebase_server.api.preparation import encode, pin, prepare
 from onebase_server.api.responses import Completion, CompletionChoice, CompletionLogprobs, Usage
 from onebase_server.api.schemas import CompletionRequest, Prompt
+from onebase_server.model.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
@@ -27,20 +28,22 @@ router = APIRouter(tags=["generation"], dependencies=[Depends(require_api_key)],
 @router.post("/v1/completions", response_model=Completion)
 async def create_completion(request: Request, body: CompletionRequest, context: ContextDependency) -> Response:
     """Continue one or more prompts."""
-    prompts = await _tokenize(context, body.prompt, body.add_special_tokens)
-    generation = prepare(
-        context,
-        body,
-        f"cmpl-{uuid.uuid4().hex}",
-        [prompt.token_ids for prompt in prompts],
-        param="prompt",
-        max_tokens=body.max_tokens,
-        default_max_tokens=DEFAULT_MAX_TOKENS,
-        logprobs=body.logprobs,
-        prompt_logprobs=body.logprobs if body.echo else None,
-        prompt_only=body.max_tokens == 0,
-    )
-    answer = _Answer(generation, body, prompts, context)
+    async with pin(context, body) as pinned:
+        prompts = await _tokenize(pinned.tokenizer, body.prompt, body.add_special_tokens)
+        generation = prepare(
+            context,
+            pinned,
+            body,
+            f"cmpl-{uuid.uuid4().hex}",
+            [prompt.token_ids for prompt in prompts],
+            param="prompt",
+            max_tokens=body.max_tokens,
+            default_max_tokens=DEFAULT_MAX_TOKENS,
+            logprobs=body.logprobs,
+            prompt_logprobs=body.logprobs if body.echo else None,
+            prompt_only=body.max_tokens == 0,
+        )
+    answer = _Answer(generation, body, prompts)
     if body.stream:
         return EventStream(generation, answer.chunks())
     return await respond_whole(request, generation, answer.whole)
@@ -53,9 +56,11 @@ class _TokenizedPrompt:
     token_ids: list[int]
 
 
-async def _tokenize(context: Context, prompts: Sequence[Prompt], add_special_tokens: bool) -> list[_TokenizedPrompt]:
+async def _tokenize(
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], add_special_tokens: bool
+) -> list[_TokenizedPrompt]:
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    encoded = iter(await encode(context.tokenizer, texts, add_special_tokens=add_special_tokens))
+    encoded = iter(await encode(tokenizer, texts, add_special_tokens=add_special_tokens))
     return [
         _TokenizedPrompt(prompt, next(encoded)) if isinstance(prompt, str) else _TokenizedPrompt("", prompt)
         for prompt in prompts
@@ -65,14 +70,13 @@ async def _tokenize(context: Context, prompts: Sequence[Prompt], add_special_tok
 class _Answer:
     """Pieces to OpenAI's objects."""
 
-    def __init__(
-        self, generation: Generation, body: CompletionRequest, prompts: list[_TokenizedPrompt], context: Context
-    ) -> None:
+    def __init__(self, generation: Generation, body: CompletionRequest, prompts: list[_TokenizedPrompt]) -> None:
         self._generation = generation
         self._body = body
         self._created = int(time.time())
         self._choices = [
-            _ChoiceFormatter(index, prompts[index // body.n], body, context) for index in range(len(prompts) * body.n)
+            _ChoiceFormatter(index, prompts[index // body.n], body, generation.tokenizer)
+            for index in range(len(prompts) * body.n)
         ]
 
     async def chunks(self) -> AsyncGenerator[Completion, None]:
@@ -99,12 +103,12 @@ class _Answer:
 class _ChoiceFormatter:
     """One choice's pieces to parts of a `CompletionChoice`; with `echo` the first of them begins with the prompt."""
 
-    def __init__(self, index: int, prompt: _TokenizedPrompt, body: CompletionRequest, context: Context) -> None:
+    def __init__(self, index: int, prompt: _TokenizedPrompt, body: CompletionRequest, tokenizer: Tokenizer) -> None:
         self._index = index
         self._prompt_token_ids = prompt.token_ids
         self._wants_logprobs = body.logprobs is not None
-        self._pending_echo = (prompt.text or context.tokenizer.decode(prompt.token_ids)) if body.echo else ""
-        self._logprobs = CompletionLogprobsFormatter(context.tokenizer)
+        self._pending_echo = (prompt.text or tokenizer.decode(prompt.token_ids)) if body.echo else ""
+        self._logprobs = CompletionLogprobsFormatter(tokenizer)
 
     def format(self, piece: Piece) -> CompletionChoice:
         """The next part."""

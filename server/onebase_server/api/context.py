@@ -9,11 +9,11 @@ from starlette.requests import HTTPConnection
 from onebase_adapters.store import AdapterStore
 from onebase_server.api.admission import Admission
 from onebase_server.api.publishing import Publisher
+from onebase_server.api.tokenizers import Tokenizers
 from onebase_server.engine.client import EngineClient
 from onebase_server.engine.request import Ready
 from onebase_server.errors import EngineUnavailable
 from onebase_server.metrics import Metrics
-from onebase_server.model.tokenizer import Tokenizer
 from onebase_server.settings import Settings
 
 
@@ -24,7 +24,7 @@ class Context:
     settings: Settings
     engine: EngineClient
     store: AdapterStore
-    tokenizer: Tokenizer
+    tokenizers: Tokenizers
     metrics: Metrics
     admission: Admission
     publisher: Publisher

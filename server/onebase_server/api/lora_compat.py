@@ -7,8 +7,7 @@ from fastapi import APIRouter, Depends
 from starlette.responses import PlainTextResponse
 
 from onebase_adapters.adapter import AdapterNotFound
-from onebase_adapters.peft_config import CONFIG_FILE
-from onebase_adapters.peft_format import WEIGHTS_FILE
+from onebase_adapters.peft_format import ADAPTER_FILES
 from onebase_server.api.auth import require_admin_key
 from onebase_server.api.context import Context, ContextDependency
 from onebase_server.api.schemas import LoadLoraAdapter, UnloadLoraAdapter
@@ -49,7 +48,7 @@ def _resolve(lora_path: str, folder: Path) -> Path:
     """The directory meant, a relative one inside `folder`; raises NotAllowed if it, or a file of it, lies elsewhere."""
     try:
         directory = (folder / lora_path).resolve()
-        files = [(directory / name).resolve() for name in (CONFIG_FILE, WEIGHTS_FILE)]
+        files = [(directory / name).resolve() for name in ADAPTER_FILES]
         is_directory = directory.is_dir()
     except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, a loop of links
         raise BadRequest("lora_path is not a path on this server.", param="lora_path") from error

@@ -43,6 +43,7 @@ def _adapter_card(context: Context, model: str, version: AdapterVersion) -> Mode
         max_model_len=_max_model_len(context, version.num_virtual_tokens),
         root=version.label,
         parent=context.settings.served_name,
+        own_tokenizer=list(version.tokenizer_parts),
     )
 
 

@@ -32,6 +32,8 @@ class Selection:
     """Of the adapters, without versions."""
     label: str
     """What a person calls it: the base's name, `adapter@version`, or `0.7*adapter@version+0.3*other@version`."""
+    tokenizer_digest: str | None = None
+    """Of what it brings of a tokenizer; None is the base's."""
 
 
 def resolve_model(model: str, base_name: str, store: AdapterStore) -> AdapterVersion | None:
@@ -66,7 +68,8 @@ def select_combination(
 
     Raises:
         ModelNotFound: one of them does not exist.
-        BadRequest: one of them is the base, is no LoRA, or is there twice; or their ranks add up to too much.
+        BadRequest: one of them is the base, is no LoRA, or is there twice; or their tokenizers differ, or their ranks
+            add up to too much.
         AdapterDoesNotFit: together they could never run.
     """
     versions = [_resolve_part(adapter.name, base_name, store) for adapter in adapters]
@@ -84,7 +87,7 @@ def select_combination(
         raise BadRequest(f"The ranks add up to {rank}; this server allows at most {store.max_rank}.", param="adapter")
     _check_bytes(sum(version.num_parameters for version in versions), engine)
     ref = AdapterRef.combination(parts)
-    return Selection(ref, tuple(version.name for version in versions), ref.label)
+    return Selection(ref, tuple(version.name for version in versions), ref.label, _common_tokenizer(versions))
 
 
 def _select_version(
@@ -92,7 +95,7 @@ def _select_version(
 ) -> Selection:
     check_fit(version, engine)
     _hold(version, store, holds, param=param)
-    return Selection(adapter_ref(store, version), (version.name,), version.label)
+    return Selection(adapter_ref(store, version), (version.name,), version.label, version.tokenizer_digest)
 
 
 def _resolve_part(name: str, base_name: str, store: AdapterStore) -> AdapterVersion:
@@ -103,6 +106,18 @@ def _resolve_part(name: str, base_name: str, store: AdapterStore) -> AdapterVers
     if version is None:
         raise BadRequest(f"{name} is the base, which every combination contains already.", param="adapter")
     return version
+
+
+def _common_tokenizer(versions: Sequence[AdapterVersion]) -> str | None:
+    first = versions[0]
+    for version in versions:
+        if version.tokenizer_digest != first.tokenizer_digest:
+            raise BadRequest(
+                f"{first.label} and {version.label} cannot be combined: their tokenizers or chat templates differ, and "
+                "a prompt can be written in one way only.",
+                param="adapter",
+            )
+    return first.tokenizer_digest
 
 
 def _require_lora(version: AdapterVersion, store: AdapterStore) -> None:

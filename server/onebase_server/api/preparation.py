@@ -1,21 +1,47 @@
 """From a request's fields to a `Generation`: the model resolved and held, prompts checked against it, a place taken."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import anyio.to_thread
 
+from onebase_adapters.adapter import AdapterNotFound
 from onebase_server.api.context import Context
 from onebase_server.api.generation import Generation, Job, Prompt
 from onebase_server.api.models import Selection, select_combination, select_model
 from onebase_server.api.schemas import GenerationRequest
 from onebase_server.engine.request import AdapterRef, Ready, SamplingParams
-from onebase_server.errors import BadRequest, ContextTooLong
+from onebase_server.errors import BadRequest, ContextTooLong, ModelNotFound
 from onebase_server.model.tokenizer import Tokenizer
 
 LONG_TEXT = 8192
 """Characters, in all, from which tokenising is worth a thread, so that other streams do not wait for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """What a request runs on, held until `holds` is closed, and the tokenizer that goes with it."""
+
+    selection: Selection
+    tokenizer: Tokenizer
+    holds: ExitStack
+
+
+@asynccontextmanager
+async def pin(context: Context, request: GenerationRequest) -> AsyncIterator[Pinned]:
+    """What `model`, or `adapter` beside it, names now; let go of again at the end, unless `prepare` took it over.
+
+    Raises:
+        BadRequest, ModelNotFound, AdapterDoesNotFit, EngineUnavailable.
+    """
+    with ExitStack() as holds:
+        selection = _select(request, context, holds)
+        try:
+            tokenizer = await context.tokenizers.of(selection.tokenizer_digest)
+        except AdapterNotFound as error:  # removed since it was resolved
+            raise ModelNotFound(f"The model {selection.label} does not exist. {error}", param="model") from error
+        yield Pinned(selection, tokenizer, holds)
 
 
 async def encode(tokenizer: Tokenizer, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
@@ -27,6 +53,7 @@ async def encode(tokenizer: Tokenizer, texts: Sequence[str], *, add_special_toke
 
 def prepare(
     context: Context,
+    pinned: Pinned,
     request: GenerationRequest,
     request_id: str,
     prompts: Sequence[Sequence[int]],
@@ -38,7 +65,7 @@ def prepare(
     prompt_logprobs: int | None = None,
     prompt_only: bool = False,
 ) -> Generation:
-    """Make a request's job; whoever gets it has to enter it, for it holds a lease and places in the queue.
+    """Make a request's job; whoever gets it has to enter it, for it holds what was pinned and places in the queue.
 
     Args:
         param: The field that the prompts came in, for error messages.
@@ -46,31 +73,29 @@ def prepare(
         default_max_tokens: None is all that the context leaves.
 
     Raises:
-        BadRequest, ContextTooLong, ModelNotFound, AdapterDoesNotFit, Overloaded, EngineUnavailable.
+        BadRequest, ContextTooLong, Overloaded, EngineUnavailable.
     """
-    info = context.engine_info
+    info, selection, tokenizer = context.engine_info, pinned.selection, pinned.tokenizer
     if any(token_id >= info.vocab_size for token_id in request.stop_token_ids):
         raise BadRequest(f"stop_token_ids must be below {info.vocab_size}, the vocabulary.", param="stop_token_ids")
-    with ExitStack() as holds:
-        selection = _select(request, context, holds)
-        room = ContextRoom.behind(selection.adapter, info)
-        checked = []
-        for token_ids in prompts:
-            _check_token_ids(token_ids, info, param)
-            fitted = _fit_max_tokens(len(token_ids), max_tokens, default_max_tokens, room, param)
-            sampling = _sampling(request, context.tokenizer.eos_token_ids, fitted, logprobs, prompt_logprobs)
-            checked.append(Prompt(token_ids, sampling))
-        holds.enter_context(context.admission.admit(len(checked) * request.n))
-        job = Job(
-            request_id=request_id,
-            selection=selection,
-            prompts=checked,
-            num_choices=request.n,
-            stop=request.stop,
-            include_stop=request.include_stop_str_in_output,
-            prompt_only=prompt_only,
-        )
-        return Generation(job, context.engine, context.tokenizer, context.metrics, holds.pop_all())
+    room = ContextRoom.behind(selection.adapter, info)
+    checked = []
+    for token_ids in prompts:
+        _check_token_ids(token_ids, info, param)
+        fitted = _fit_max_tokens(len(token_ids), max_tokens, default_max_tokens, room, param)
+        sampling = _sampling(request, tokenizer.eos_token_ids, fitted, logprobs, prompt_logprobs)
+        checked.append(Prompt(token_ids, sampling))
+    pinned.holds.enter_context(context.admission.admit(len(checked) * request.n))
+    job = Job(
+        request_id=request_id,
+        selection=selection,
+        prompts=checked,
+        num_choices=request.n,
+        stop=request.stop,
+        include_stop=request.include_stop_str_in_output,
+        prompt_only=prompt_only,
+    )
+    return Generation(job, context.engine, tokenizer, context.metrics, pinned.holds.pop_all())
 
 
 def _select(request: GenerationRequest, context: Context, holds: ExitStack) -> Selection:

@@ -4,7 +4,7 @@ Plain data, encoded by msgspec: a stream sends one object per token, so nothing 
 Dataclasses are documented at /docs too; the chunks of a stream are structs, which can leave absent fields out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
@@ -159,6 +159,8 @@ class ModelCard:
     max_model_len: int | None
     root: str
     parent: str | None = None
+    own_tokenizer: list[str] = field(default_factory=list)
+    """What an adapter brings of a tokenizer: `vocabulary`, `special_tokens`, `chat_template`."""
     owned_by: str = "onebase"
     object: Literal["model"] = "model"
 
@@ -188,6 +190,8 @@ class AdapterCard:
     num_parameters: int
     num_virtual_tokens: int
     """How many tokens of the context a prefix takes."""
+    own_tokenizer: list[str]
+    """What it brings of a tokenizer: `vocabulary`, `special_tokens`, `chat_template`; the rest is the base's."""
     created: int
     is_live: bool
     object: Literal["adapter"] = "adapter"

@@ -97,7 +97,7 @@ def verify(
 def _describe(report: VerifyReport) -> Iterator[str]:
     yield f"{report.versions_checked} versions checked."
     for damaged in report.damaged:
-        yield f"{damaged.version.label}: its blob {damaged.version.digest} {_PROBLEMS[damaged.problem]}."
+        yield f"{damaged.version.label}: its blob {damaged.digest} {_PROBLEMS[damaged.problem]}."
     for name in report.orphaned_blobs:
         yield f"Blob {name} belongs to no version."
     for name in report.left_overs:

@@ -10,7 +10,15 @@ from rich.table import Table
 from onebase_adapters.adapter import Adapter, BaseLayout
 from onebase_adapters.fused_projections import fuse_projections
 from onebase_adapters.peft_writer import write_peft
-from onebase_server.commands.store_access import DEFAULT_STORE, StoreOption, console, open_store, read_adapter
+from onebase_server.commands.store_access import (
+    DEFAULT_STORE,
+    StoreOption,
+    console,
+    open_store,
+    read_adapter,
+    resolve_reference,
+    write_own_tokenizer,
+)
 from onebase_server.errors import ConfigurationError
 from onebase_server.model.config import ModelConfig
 from onebase_server.progress import step_progress
@@ -47,7 +55,8 @@ def export(
 ) -> None:
     """Write an adapter as a PEFT directory, or with --merged the base with it as an ordinary checkpoint."""
     with open_store(store) as opened:
-        adapter = read_adapter(opened, name)
+        version = resolve_reference(opened, name)
+        adapter = read_adapter(opened, version)
         base_name, layout = opened.base_name, opened.layout
         if not merged:
             _export_peft(adapter, output, base_name, layout)
@@ -63,6 +72,7 @@ def export(
                 errors = merged_checkpoint.export_merged(base, adapter, output, form, on_progress)
             together = merged_checkpoint.all_together(errors)
             console.print(error_table(together, errors, quantization if quantization == "nf4" else dtype))
+        write_own_tokenizer(opened, version, output)
     console.print(f"Wrote {output}.", highlight=False)
 
 

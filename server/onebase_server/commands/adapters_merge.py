@@ -1,9 +1,11 @@
 """`onebase adapters merge`: several adapters of a store to one, published as any other."""
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
+from onebase_adapters.adapter import InvalidMerge
 from onebase_adapters.adapter_merging import (
     MergeMethod,
     MergeRecipe,
@@ -11,6 +13,7 @@ from onebase_adapters.adapter_merging import (
     WeightedAdapter,
     merge_adapters,
 )
+from onebase_adapters.catalogue import AdapterVersion
 from onebase_adapters.peft_writer import write_peft
 from onebase_adapters.store import AdapterStore
 from onebase_server.commands.store_access import (
@@ -19,7 +22,9 @@ from onebase_server.commands.store_access import (
     console,
     open_store,
     read_adapter,
+    resolve_reference,
     version_table,
+    write_own_tokenizer,
 )
 from onebase_server.commands.upload import ServerOption, publish_to_server
 from onebase_server.errors import ConfigurationError
@@ -55,20 +60,32 @@ def merge(
     """Merge adapters of the store into a new one by PEFT's methods, and publish it as its name's next version."""
     with open_store(store) as opened:
         recipe = MergeRecipe(method=method, density=density, sign_election=majority_sign, rank=rank, seed=seed)
-        weighted = [_read_source(opened, source) for source in sources]
+        parts = [_read_source(opened, source) for source in sources]
+        _require_one_tokenizer([version for version, _ in parts])
+        weighted = [WeightedAdapter(read_adapter(opened, version), weight) for version, weight in parts]
         with step_progress(f"Merging by {method}") as on_progress:
             merged = merge_adapters(weighted, recipe, on_progress)
         with opened.staging() as directory:
             write_peft(merged, directory, base_name=opened.base_name)
+            write_own_tokenizer(opened, parts[0][0], directory)
             if server:
                 publish_to_server(name, directory, server, console)
             else:
                 console.print(version_table([opened.publish(name, directory)], title="Published"))
 
 
-def _read_source(store: AdapterStore, source: str) -> WeightedAdapter:
+def _read_source(store: AdapterStore, source: str) -> tuple[AdapterVersion, float]:
     reference, _, weight = source.partition("=")
     try:
-        return WeightedAdapter(read_adapter(store, reference), float(weight or 1))
+        return resolve_reference(store, reference), float(weight or 1)
     except ValueError as error:
         raise ConfigurationError(f"{source} should be an adapter and its weight, like pirate=0.7.") from error
+
+
+def _require_one_tokenizer(versions: Sequence[AdapterVersion]) -> None:
+    """Raise InvalidMerge for versions whose prompts are written in different ways."""
+    for version in versions:
+        if version.tokenizer_digest != versions[0].tokenizer_digest:
+            raise InvalidMerge(
+                f"{versions[0].label} and {version.label} cannot be merged: their tokenizers or chat templates differ."
+            )

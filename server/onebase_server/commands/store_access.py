@@ -15,8 +15,11 @@ from onebase_adapters.adapter import Adapter, AdapterError, BaseLayout, VersionN
 from onebase_adapters.blobs import read_blob
 from onebase_adapters.catalogue import AdapterVersion
 from onebase_adapters.store import AdapterStore
+from onebase_adapters.tokenizer_files import write_tokenizer_files
+from onebase_adapters.tokenizer_form import TokenizerForm
 from onebase_server.errors import ConfigurationError
 from onebase_server.model.config import ModelConfig
+from onebase_server.model.tokenizer import read_base_tokenizer
 
 DEFAULT_STORE = Path("adapters")
 
@@ -33,10 +36,12 @@ def open_store(root: Path, base: Path | None = None, base_name: str | None = Non
     """The store; what is wrong with it, with an adapter or with the base becomes one line and exit status 1."""
     try:
         layout: BaseLayout | None = None
+        tokenizer: TokenizerForm | None = None
         if base is not None:
             layout = ModelConfig.from_directory(base).adapter_layout()
+            tokenizer = read_base_tokenizer(base)
             base_name = base_name or base.resolve().name
-        store = AdapterStore.open(root, layout, base_name=base_name)
+        store = AdapterStore.open(root, layout, base_name=base_name, base_tokenizer=tokenizer)
         try:
             yield store
         finally:
@@ -49,7 +54,7 @@ def open_store(root: Path, base: Path | None = None, base_name: str | None = Non
 def version_table(versions: Sequence[AdapterVersion], *, title: str) -> Table:
     """A row for each version."""
     table = Table(title=title, title_justify="left")
-    for heading in ("name", "version", "live", "rank", "targets", "size", "digest", "published"):
+    for heading in ("name", "version", "live", "rank", "targets", "own tokenizer", "size", "digest", "published"):
         table.add_column(heading, overflow="fold")
     for version in versions:
         table.add_row(
@@ -58,6 +63,7 @@ def version_table(versions: Sequence[AdapterVersion], *, title: str) -> Table:
             "yes" if version.is_live else "",
             str(version.rank or ""),
             " ".join(version.targets) or f"{version.num_virtual_tokens} virtual tokens",
+            " ".join(version.tokenizer_parts),
             decimal(version.nbytes),
             version.digest[:12],
             version.created_at.strftime("%Y-%m-%d %H:%M:%S UTC"),
@@ -65,8 +71,8 @@ def version_table(versions: Sequence[AdapterVersion], *, title: str) -> Table:
     return table
 
 
-def read_adapter(store: AdapterStore, reference: str) -> Adapter:
-    """The adapter that `name` or `name@version` refers to; its arrays stay readable though it may be removed.
+def resolve_reference(store: AdapterStore, reference: str) -> AdapterVersion:
+    """The version that `name` or `name@version` refers to.
 
     Raises:
         AdapterNotFound, VersionNotFound: there is none.
@@ -74,6 +80,17 @@ def read_adapter(store: AdapterStore, reference: str) -> Adapter:
     name, at, version = reference.partition("@")
     if at and not version.isdecimal():
         raise VersionNotFound(f"{reference} asks for the version {version!r}, which is not a number.")
-    found = store.resolve(name, int(version) if at else None)
-    with store.lease(found.digest) as blob:
+    return store.resolve(name, int(version) if at else None)
+
+
+def read_adapter(store: AdapterStore, version: AdapterVersion) -> Adapter:
+    """A version's adapter; its arrays stay readable though it may be removed."""
+    with store.lease(version.digest) as blob:
         return read_blob(blob)
+
+
+def write_own_tokenizer(store: AdapterStore, version: AdapterVersion, directory: Path) -> None:
+    """Write the whole tokenizer of a version that brought one into a directory; nothing where it uses the base's."""
+    base = store.base_tokenizer
+    if version.tokenizer_digest is not None and base is not None:
+        write_tokenizer_files(store.read_tokenizer(version.tokenizer_digest).over(base), directory)

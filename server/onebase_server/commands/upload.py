@@ -8,8 +8,7 @@ import httpx
 import typer
 from rich.console import Console
 
-from onebase_adapters.peft_config import CONFIG_FILE
-from onebase_adapters.peft_format import WEIGHTS_FILE
+from onebase_adapters.peft_format import ADAPTER_FILES
 from onebase_server.errors import ConfigurationError
 
 TIMEOUT_SECONDS = 300.0
@@ -26,12 +25,13 @@ def publish_to_server(name: str, directory: Path, url: str, console: Console) ->
     Raises:
         ConfigurationError: The server cannot be reached, or refuses the adapter; the text says why.
     """
+    files = [file for file in ADAPTER_FILES if (directory / file).is_file()]
     key = os.environ.get("ONEBASE_ADMIN_KEY")
     try:
         response = httpx.post(
             f"{url.rstrip('/')}/v1/adapters",
             data={"name": name},
-            files={file: (file, (directory / file).read_bytes()) for file in (CONFIG_FILE, WEIGHTS_FILE)},
+            files={file: (file, (directory / file).read_bytes()) for file in files},
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=TIMEOUT_SECONDS,
         )

@@ -7,16 +7,19 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import tokenizers
 from tokenizers.decoders import DecodeStream
 from tokenizers.pre_tokenizers import ByteLevel
 
+from onebase_adapters.adapter import InvalidTokenizer
+from onebase_adapters.tokenizer_files import read_tokenizer_files
+from onebase_adapters.tokenizer_form import TokenizerForm
 from onebase_server.errors import BadRequest, ConfigurationError
 from onebase_server.model.chat_template import ChatTemplate
 
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _CONTEXT_TOKENS = 8
 """How many tokens of the prompt a stream needs to see whether its first word begins with a space."""
 
@@ -25,19 +28,25 @@ class Tokenizer:
     """A model's tokenizer with its chat template and the tokens that end a text."""
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, *, eos_token_ids: Iterable[int], chat_template: ChatTemplate | None
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        eos_token_ids: Iterable[int],
+        chat_template: ChatTemplate | None,
+        special_tokens: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._backend = backend
         self._chat_template = chat_template
+        self._special_tokens = special_tokens
         self.eos_token_ids: tuple[int, ...] = tuple(sorted(eos_token_ids))
         """Tokens that end an answer, ascending."""
 
     @classmethod
     def from_directory(cls, path: Path) -> "Tokenizer":
-        """Read `tokenizer.json`, `tokenizer_config.json` and what `config.json` and `generation_config.json` add.
+        """Read the tokenizer's files and what `config.json` and `generation_config.json` add.
 
         Raises:
-            ConfigurationError: `tokenizer.json` is missing or damaged, or another of the files is not JSON.
+            ConfigurationError: `tokenizer.json` is missing or damaged, or another of the files is.
         """
         file = path / "tokenizer.json"
         if not file.is_file():
@@ -50,13 +59,27 @@ class Tokenizer:
             raise ConfigurationError(f"{file} cannot be read: {error}.") from error
         backend.no_truncation()
         backend.no_padding()
-        config = _read_json(path / "tokenizer_config.json")
-        special_tokens = {name: text for name in _SPECIAL_TOKENS if (text := _token_text(config.get(name))) is not None}
-        template = _chat_template_source(path, config)
+        form = read_base_tokenizer(path)
+        special_tokens = form.special_tokens or {}
         return cls(
             backend,
-            eos_token_ids=_eos_token_ids(path, backend, special_tokens.get("eos_token")),
-            chat_template=None if template is None else ChatTemplate(template, special_tokens),
+            eos_token_ids=_eos_token_ids(path) | _ids_of(backend, special_tokens.get("eos_token")),
+            chat_template=None if form.chat_template is None else ChatTemplate(form.chat_template),
+            special_tokens=special_tokens,
+        )
+
+    def with_own(self, own: TokenizerForm) -> "Tokenizer":
+        """This tokenizer as an adapter has changed it; what ends an answer of the base ends one of the adapter too.
+
+        Raises:
+            ConfigurationError: The chat template is not valid Jinja.
+        """
+        special_tokens = self._special_tokens if own.special_tokens is None else own.special_tokens
+        return Tokenizer(
+            self._backend,
+            eos_token_ids={*self.eos_token_ids, *_ids_of(self._backend, special_tokens.get("eos_token"))},
+            chat_template=self._chat_template if own.chat_template is None else ChatTemplate(own.chat_template),
+            special_tokens=special_tokens,
         )
 
     @property
@@ -90,7 +113,8 @@ class Tokenizer:
                 "This model has no chat template, so it cannot chat; use /v1/completions with a prompt instead.",
                 param="messages",
             )
-        return self._chat_template.render(messages, add_generation_prompt=add_generation_prompt, **kwargs)
+        variables = {**self._special_tokens, **kwargs}
+        return self._chat_template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
@@ -126,7 +150,7 @@ class Tokenizer:
 
     @cached_property
     def _is_byte_level(self) -> bool:
-        decoder = json.loads(self._backend.to_str())["decoder"] or {}
+        decoder = json.loads(self._backend.decoder.__getstate__()) if self._backend.decoder else {}
         return any(step["type"] == "ByteLevel" for step in decoder.get("decoders", [decoder]) if step)
 
 
@@ -179,32 +203,27 @@ def _byte_of_letter() -> dict[str, int]:
 _BYTE_OF_LETTER = _byte_of_letter()
 
 
-def _chat_template_source(path: Path, config: Mapping[str, Any]) -> str | None:
-    """`chat_template.jinja` before the configuration's field, as Hugging Face reads them; of several, the default."""
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template: str | list[dict[str, str]] | None = config.get("chat_template")
-    if isinstance(template, list):
-        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
-    return template
+def read_base_tokenizer(path: Path) -> TokenizerForm:
+    """The tokenizer's files in a base's directory; raises ConfigurationError if one cannot be read."""
+    try:
+        return read_tokenizer_files(path)
+    except InvalidTokenizer as error:
+        raise ConfigurationError(f"The tokenizer in {path} cannot be used: {error}") from error
 
 
-def _eos_token_ids(path: Path, backend: tokenizers.Tokenizer, eos_token: str | None) -> set[int]:
-    """Every token that one of the three files calls the end."""
+def _eos_token_ids(path: Path) -> set[int]:
+    """Every token that one of the model's two files calls the end."""
     ids: set[int] = set()
     for name in ("config.json", "generation_config.json"):
         listed = _read_json(path / name).get("eos_token_id")
         ids.update(listed if isinstance(listed, list) else [] if listed is None else [listed])
-    if eos_token is not None and (token_id := backend.token_to_id(eos_token)) is not None:
-        ids.add(token_id)
     return ids
 
 
-def _token_text(entry: Any) -> str | None:
-    """A special token is written as its text, or as an object with its text in `content`."""
-    text: str | None = entry["content"] if isinstance(entry, dict) else entry
-    return text
+def _ids_of(backend: tokenizers.Tokenizer, token: str | None) -> set[int]:
+    """The token's id, if there is a token and the vocabulary has it."""
+    token_id = None if token is None else backend.token_to_id(token)
+    return set() if token_id is None else {token_id}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

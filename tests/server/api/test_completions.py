@@ -35,7 +35,7 @@ async def test_without_max_tokens_sixteen_are_generated(openai):
 
 
 async def test_the_four_shapes_of_a_prompt_mean_the_same(openai, server):
-    token_ids = server.context.tokenizer.encode("Hello")
+    token_ids = server.context.tokenizers.base.encode("Hello")
     texts = []
     for prompt in ("Hello", ["Hello"], token_ids, [token_ids]):
         completion = await openai.completions.create(prompt=prompt, max_tokens=8, **GREEDY)
@@ -93,7 +93,7 @@ async def test_the_stop_string_is_kept_if_asked_for(openai):
 
 async def test_a_stop_token_ends_the_text_before_it(openai, server):
     text = (await openai.completions.create(prompt="Stop", max_tokens=40, **GREEDY)).choices[0].text
-    (token_id,) = server.context.tokenizer.encode(text[10])
+    (token_id,) = server.context.tokenizers.base.encode(text[10])
     stopped = await openai.completions.create(
         model=BASE, temperature=0, prompt="Stop", max_tokens=40, extra_body={"stop_token_ids": [token_id]}
     )

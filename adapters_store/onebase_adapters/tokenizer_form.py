@@ -1,0 +1,77 @@
+"""A tokenizer as the store keeps it: of an adapter what differs from the base's, of the base all of it.
+
+Here is the form and its blob, one JSON file; `tokenizer_files` reads Hugging Face's files, `peft_tokenizer` compares an
+adapter's with the base's. It knows nothing of names and versions.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .adapter import StoreError
+from .blobs import sync
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerForm:
+    """A tokenizer with its chat template. What an adapter's has not, None, is the base's."""
+
+    vocabulary: str | None = None
+    """`tokenizer.json`: added tokens, and how text is cut and joined; without `model`, the base's model."""
+    special_tokens: Mapping[str, str] | None = None
+    """`bos_token`, `eos_token` and others by these names, as text."""
+    chat_template: str | None = None
+    """Jinja, as `template_sandbox` compiles it."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of those that there are."""
+        named = (
+            ("vocabulary", self.vocabulary),
+            ("special_tokens", self.special_tokens),
+            ("chat_template", self.chat_template),
+        )
+        return tuple(name for name, part in named if part is not None)
+
+    def over(self, base: "TokenizerForm") -> "TokenizerForm":
+        """All of an adapter's tokenizer: this, and for what it has not the base's."""
+        parts = {name: getattr(base, name) for name in base.parts} | {name: getattr(self, name) for name in self.parts}
+        return TokenizerForm(**parts)
+
+    def to_bytes(self) -> bytes:
+        """The blob: the same for the same form."""
+        description = {"format_version": FORMAT_VERSION} | {name: getattr(self, name) for name in self.parts}
+        return json.dumps(description, sort_keys=True, ensure_ascii=False).encode()
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of its blob, in hexadecimal."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+def write_tokenizer_blob(form: TokenizerForm, path: Path) -> None:
+    """Write a form to `path`, through to the disk."""
+    path.write_bytes(form.to_bytes())
+    sync(path)
+
+
+def read_tokenizer_blob(path: Path) -> TokenizerForm:
+    """Read a form; the digest is not checked.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        StoreError: it is not a blob of this format.
+    """
+    try:
+        description = json.loads(path.read_bytes())
+        if description.pop("format_version") != FORMAT_VERSION:
+            raise ValueError("it is of another format version")
+        return TokenizerForm(**description)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise StoreError(
+            f"Tokenizer {path.name} is damaged: {error}. Run `onebase adapters verify --repair`, then publish again."
+        ) from error
