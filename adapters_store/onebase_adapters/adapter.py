@@ -24,9 +24,12 @@ class ModuleKey(NamedTuple):
 
     layer: int
     projection: str
+    expert: int | None = None
+    """Whose it is in a mixture of experts; None for what computes for every token."""
 
     def __str__(self) -> str:
-        return f"layers.{self.layer}.{self.projection}"
+        of_expert = "" if self.expert is None else f"experts.{self.expert}."
+        return f"layers.{self.layer}.{of_expert}{self.projection}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +244,19 @@ class Adapter:
         return prefix + epilogues + pairs + -(-outer // ALIGNMENT) * ALIGNMENT
 
 
+ROUTER = "gate"
+"""The projection that scores a mixture's experts, as checkpoints and PEFT call it."""
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """A mixture of experts in every layer, with a router before it."""
+
+    count: int
+    shapes: Mapping[str, tuple[int, int]]
+    """(out_features, in_features) of each expert's projections, alike in all: `{"gate_proj": (768, 2048), …}`."""
+
+
 @dataclass(frozen=True)
 class BaseLayout:
     """What an adapter has to fit: the linears of the base that adapters may touch, and the heads of a prefix."""
@@ -248,6 +264,8 @@ class BaseLayout:
     num_layers: int
     shapes: Mapping[str, tuple[int, int]]
     """(out_features, in_features) of each projection, alike in every layer: `{"q_proj": (576, 576), …}`."""
+    experts: ExpertLayout | None = field(default=None, compare=False)
+    """None without, and, which is no difference, where a store's catalogue is from before adapters could touch them."""
     num_kv_heads: int | None = field(default=None, compare=False)
     """How many heads K and V have; None, which is no difference, where a store's catalogue is from before it was asked;
     so are the next three."""
@@ -263,10 +281,23 @@ class BaseLayout:
     )
     """Fused checkpoint names and the projections they hold, in the order of their output rows."""
 
-    @property
-    def projections(self) -> tuple[str, ...]:
-        """Names of all projections, in the base's order."""
-        return tuple(self.shapes)
+    def shape(self, projection: str, expert: int | None = None) -> tuple[int, int] | None:
+        """(out_features, in_features) of a projection, or of an expert's; None where the base has none such."""
+        if self.experts is None:
+            return self.shapes.get(projection) if expert is None else None
+        if expert is not None:
+            return self.experts.shapes.get(projection) if expert < self.experts.count else None
+        if projection == ROUTER:
+            return self.experts.count, next(iter(self.experts.shapes.values()))[1]
+        return self.shapes.get(projection)
+
+    def __str__(self) -> str:
+        """Its linears, for messages: `q_proj, k_proj of layers 0 to 5`."""
+        of_layers = f"of layers 0 to {self.num_layers - 1}"
+        if self.experts is None:
+            return f"{', '.join(self.shapes)} {of_layers}"
+        of_experts = f"{', '.join(self.experts.shapes)} of experts 0 to {self.experts.count - 1}"
+        return f"{', '.join(self.shapes)}, {ROUTER}, and {of_experts}, {of_layers}"
 
     @property
     def hidden_size(self) -> int:

@@ -1,9 +1,9 @@
 """The canonical form on disk: one safetensors file per adapter, named by its own sha256, never changed once written.
 
-Tensors are `layers.{i}.{projection}.lora_a` and `.lora_b`, and `.magnitude`, `.factor`, `.bias` and `.shift` of
-epilogues, `embed_tokens.{part}` and `lm_head.{part}` of the vocabulary, or `prefix_kv` or `virtual_tokens` alone, in
-the dtype they came in; one metadata entry holds the rest as JSON with sorted keys, so that the same adapter always
-gives the same bytes. It knows nothing of names and versions.
+Tensors are `layers.{i}.{projection}.lora_a` and `.lora_b` (`layers.{i}.experts.{j}.{projection}…` of an expert), and
+`.magnitude`, `.factor`, `.bias` and `.shift` of epilogues, `embed_tokens.{part}` and `lm_head.{part}` of the
+vocabulary, or `prefix_kv` or `virtual_tokens` alone, in the dtype they came in; one metadata entry holds the rest as
+JSON with sorted keys, so that the same adapter always gives the same bytes. It knows nothing of names and versions.
 """
 
 import hashlib
@@ -37,7 +37,8 @@ FORMAT_VERSION = 1
 METADATA_KEY = "onebase"
 
 TENSOR_NAME = regex.compile(
-    r"layers\.(?P<layer>[0-9]+)\.(?P<projection>\w+)\.(?P<part>lora_a|lora_b|magnitude|factor|bias|shift)"
+    r"layers\.(?P<layer>[0-9]+)\.(?:experts\.(?P<expert>[0-9]+)\.)?(?P<projection>\w+)\."
+    r"(?P<part>lora_a|lora_b|magnitude|factor|bias|shift)"
 )
 
 _MATRICES = ("embed_tokens", "lm_head")
@@ -130,7 +131,7 @@ def _parts_by_linear(file: TensorFile) -> dict[ModuleKey, dict[str, Array]]:
         match = TENSOR_NAME.fullmatch(name)
         if match is None:
             raise ValueError(f"{name} is not the name of a linear's tensor.")
-        key = ModuleKey(int(match["layer"]), match["projection"])
+        key = ModuleKey(int(match["layer"]), match["projection"], int(match["expert"]) if match["expert"] else None)
         parts.setdefault(key, {})[match["part"]] = tensor
     return parts
 

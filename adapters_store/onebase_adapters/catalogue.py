@@ -34,6 +34,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DatabaseError
 
 from .adapter import Adapter, AdapterNotFound, BaseLayout, StoreError, VersionNotFound
+from .layout_json import describe_layout, parse_layout
 from .tokenizer_form import TokenizerForm
 
 SCHEMA_VERSION = 6
@@ -172,7 +173,7 @@ class Catalogue:
     @property
     def layout(self) -> BaseLayout:
         """What an adapter has to fit."""
-        return _parse_layout(self._meta("layout"))
+        return parse_layout(json.loads(self._meta("layout")))
 
     @property
     def base_tokenizer(self) -> str | None:
@@ -334,7 +335,7 @@ class Catalogue:
                 values = {
                     "schema_version": str(SCHEMA_VERSION),
                     "base_name": base_name,
-                    "layout": json.dumps(_describe_layout(layout)),
+                    "layout": json.dumps(describe_layout(layout)),
                 }
                 connection.execute(_meta.insert(), [{"key": key, "value": value} for key, value in values.items()])
 
@@ -365,7 +366,7 @@ class Catalogue:
 
     def _learn_layout(self, layout: BaseLayout) -> bool:
         """Whether the layout is the base's; if it is, what an earlier program did not note of it is added."""
-        known, given = json.loads(self._meta("layout")), _describe_layout(layout)
+        known, given = json.loads(self._meta("layout")), describe_layout(layout)
         if any(given.get(key) != value for key, value in known.items()):
             return False
         if given != known:
@@ -422,28 +423,3 @@ def _parse_row(row: Row[Any]) -> AdapterVersion:
 
 def _set_meta(connection: Connection, key: str, value: str) -> None:
     connection.execute(_meta.update().where(_meta.c.key == key).values(value=value))
-
-
-def _describe_layout(layout: BaseLayout) -> dict[str, Any]:
-    """For JSON; without the fused names, which are the program's knowledge of checkpoints, not the base's property."""
-    shapes = {name: list(shape) for name, shape in layout.shapes.items()}
-    later = {
-        "num_kv_heads": layout.num_kv_heads,
-        "vocab_size": layout.vocab_size,
-        "is_tied": layout.is_tied,
-        "is_fused": layout.is_fused,
-    }
-    known = {name: value for name, value in later.items() if value is not None}
-    return {"num_layers": layout.num_layers, "shapes": shapes, **known}
-
-
-def _parse_layout(text: str) -> BaseLayout:
-    layout = json.loads(text)
-    return BaseLayout(
-        num_layers=layout["num_layers"],
-        shapes={name: (rows, columns) for name, (rows, columns) in layout["shapes"].items()},
-        num_kv_heads=layout.get("num_kv_heads"),
-        vocab_size=layout.get("vocab_size"),
-        is_tied=layout.get("is_tied"),
-        is_fused=layout.get("is_fused"),
-    )

@@ -32,7 +32,7 @@ def read_ia3(config: dict[str, Any], tensors: Mapping[str, Array], layout: BaseL
     for module in group_by_module(tensors, TENSORS, layout):
         targets.require(module.name)
         if module.name in feedforward:
-            parts = {ModuleKey(module.layer, "up_proj"): _input_factor(module, layout)}
+            parts = {module.key("up_proj"): _input_factor(module)}
         else:
             parts = dict(module.divide(module.take("ia3_l", module.out_features, 1).reshape(-1)))
         for key, factor in parts.items():  # `up_proj` may have one of its own
@@ -40,8 +40,8 @@ def read_ia3(config: dict[str, Any], tensors: Mapping[str, Array], layout: BaseL
     return Adapter({}, {key: Epilogue(factor=factor) for key, factor in factors.items()})
 
 
-def _input_factor(module: ModuleTensors, layout: BaseLayout) -> Array:
-    if module.projections != ("down_proj",) or "up_proj" not in layout.shapes:
+def _input_factor(module: ModuleTensors) -> Array:
+    if module.projections != ("down_proj",):
         raise UnsupportedAdapter(
             f"feedforward_modules names {module.name}, whose input other linears share; this server multiplies the "
             "input of down_proj alone."

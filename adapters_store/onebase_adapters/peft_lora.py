@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,7 +32,8 @@ from .peft_config import (
     positive_integer,
     refuse_options_beyond,
 )
-from .peft_targets import TARGET_OPTIONS, Targets
+from .peft_stacks import unstack
+from .peft_targets import TARGET_OPTIONS, ModuleNames, Targets
 from .peft_tensors import ADAPTER_NAME, ModuleTensors, group_by_module
 
 HONOURED = TARGET_OPTIONS | {
@@ -45,6 +47,7 @@ HONOURED = TARGET_OPTIONS | {
     "qalora_pooling",
     "r",
     "rank_pattern",
+    "target_parameters",
     "use_dora",
     "use_qalora",
     "use_rslora",
@@ -103,6 +106,8 @@ class LoraOptions:
     rank_pattern: Patterns[int]
     alpha_pattern: Patterns[float]
     targets: Targets
+    target_parameters: ModuleNames
+    """Parameters that are adapted; each weight is a module's own, or stacked of all experts."""
 
     def rank(self, module: str) -> int:
         """The rank of a module, named as in the base model: `model.layers.3.self_attn.q_proj`."""
@@ -152,9 +157,11 @@ def read_lora(config: dict[str, Any], tensors: Mapping[str, Array], layout: Base
     options = read_options(config)
     pairs: dict[ModuleKey, LowRankPair] = {}
     epilogues: dict[ModuleKey, Epilogue] = {}
-    for module in group_by_module(tensors, TENSORS, layout):
+    modules = group_by_module(tensors, TENSORS, layout, options.target_parameters)
+    for module in chain.from_iterable(map(unstack, modules)):
         if _is_targeted(module):
-            options.targets.require(module.name)
+            if not module.is_parameter:
+                options.targets.require(module.name)
             for key, pair in _pairs(module, options, max_rank).items():
                 if key in pairs:
                     raise InvalidTensors(f"{key} has two pairs of tensors, one of its own and one in a fused module.")
@@ -179,6 +186,7 @@ def read_options(config: dict[str, Any]) -> LoraOptions:
         rank_pattern=_patterns(config, "rank_pattern", positive_integer),
         alpha_pattern=_patterns(config, "alpha_pattern", finite_number),
         targets=Targets.read(config),
+        target_parameters=_target_parameters(config),
     )
     if options.use_dora and (options.lora_bias or options.pooling):
         other = "lora_bias" if options.lora_bias else "use_qalora"
@@ -188,7 +196,19 @@ def read_options(config: dict[str, Any]) -> LoraOptions:
         raise UnsupportedAdapter(
             f"{CONFIG_FILE} asks for both alora_invocation_tokens and {other}, which this server does not combine."
         )
+    if options.target_parameters.names:
+        for other in ("use_dora", "use_qalora", "lora_bias", "alora_invocation_tokens"):
+            if config.get(other):
+                raise UnsupportedAdapter(
+                    f"{CONFIG_FILE} asks for both target_parameters and {other}, which PEFT does not combine."
+                )
     return options
+
+
+def _target_parameters(config: dict[str, Any]) -> ModuleNames:
+    if isinstance(config.get("target_parameters"), str):
+        raise InvalidConfig(f"{CONFIG_FILE}: target_parameters should be a list of names, not a pattern.")
+    return ModuleNames.read(config, "target_parameters")
 
 
 def _invocation_tokens(value: object) -> tuple[int, ...]:

@@ -22,14 +22,15 @@ ANY_LIST = r"[^.]*"
 class ModuleNames:
     """Modules, named as in the base model: `model.layers.3.self_attn.q_proj`, or by their last parts: `q_proj`."""
 
-    names: tuple[str, ...] = ()
+    names: frozenset[str] = frozenset()
     pattern: "regex.Pattern[str] | None" = None
     """Matches whole names; there is either this or `names`."""
 
     def __contains__(self, module: str) -> bool:
         if self.pattern is not None:
             return match_pattern(self.pattern, module) is not None
-        return any(module == name or module.endswith(f".{name}") for name in self.names)
+        parts = module.split(".")
+        return any(".".join(parts[first:]) in self.names for first in range(len(parts)))
 
     @classmethod
     def read(cls, config: dict[str, Any], field: str) -> "ModuleNames":
@@ -40,7 +41,7 @@ class ModuleNames:
         if isinstance(value, str):
             return cls(pattern=compile_pattern(rf"(?:{value})\Z", field))
         if isinstance(value, list) and all(isinstance(name, str) for name in value):
-            return cls(tuple(value))
+            return cls(frozenset(value))
         raise InvalidConfig(f"{CONFIG_FILE}: {field} should be a list of names or one pattern, not {value!r}.")
 
 

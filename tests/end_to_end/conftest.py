@@ -200,6 +200,22 @@ def make_engine(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> M
 
 
 @pytest.fixture
+def make_family_engine(tmp_path: Path) -> MakeEngine:
+    """An engine on `tmp_path/base` in NF4 and fp32; keyword arguments are settings."""
+
+    def make(backend: BackendName | Literal["auto"] = "auto", **overrides: int) -> Engine:
+        use_backend(backend)
+        settings = EngineSettings.model_validate(
+            {"base": str(tmp_path / "base"), "cache_dir": tmp_path / "cache", "dtype": "float32", "device": "cpu"}
+            | {"block_size": 4, "double_quant": False, "kv_cache_memory": "8MiB", "adapter_memory": "4MiB"}
+            | overrides
+        )
+        return Engine(load_decoder(tmp_path / "base", settings), settings)
+
+    return make
+
+
+@pytest.fixture
 def store(small_base: Path, tmp_path: Path) -> Iterator[AdapterStore]:
     """An empty adapter store for the small base."""
     layout = ModelConfig.from_directory(small_base).adapter_layout()

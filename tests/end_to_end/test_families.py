@@ -1,6 +1,5 @@
 """Every carried family through the engine: rows of the base and of PEFT adapters in one batch, each as it is alone."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from onebase_adapters.store import AdapterStore
 from onebase_kernels import dequantize, quantize_nf4, use_backend
-from onebase_server.engine.core import Engine
-from onebase_server.model.weights import load_decoder
-from onebase_server.settings import EngineSettings
 
-from .conftest import VOCAB, Oracle, lora_model, publish
+from .conftest import VOCAB, MakeEngine, Oracle, lora_model, publish
 from .test_mixed_batch import assert_like_oracle, run, submit
 
 TINY = {
@@ -93,32 +89,11 @@ def prompt_model(directory: Path) -> PeftModel:
     return model
 
 
-@pytest.fixture
-def make_engine(tmp_path: Path) -> Callable[..., Engine]:
-    """An engine on `tmp_path/base` in NF4 and fp32; keyword arguments are settings."""
-
-    def make(**overrides: int) -> Engine:
-        use_backend("auto")
-        settings = EngineSettings.model_validate(
-            {"base": str(tmp_path / "base"), "dtype": "float32", "device": "cpu", "block_size": 4}
-            | {
-                "cache_dir": tmp_path / "cache",
-                "double_quant": False,
-                "kv_cache_memory": "8MiB",
-                "adapter_memory": "4MiB",
-            }
-            | overrides
-        )
-        return Engine(load_decoder(tmp_path / "base", settings), settings)
-
-    return make
-
-
 @pytest.mark.parametrize("max_num_batched_tokens", [512, 7], ids=["one batch", "chunked prefill"])
 def test_each_row_of_a_familys_mixed_batch_is_what_it_is_alone(
-    max_num_batched_tokens: int, family_oracle: Oracle, make_engine: Callable[..., Engine], tmp_path: Path
+    max_num_batched_tokens: int, family_oracle: Oracle, make_family_engine: MakeEngine, tmp_path: Path
 ) -> None:
-    engine = make_engine(max_num_batched_tokens=max_num_batched_tokens)
+    engine = make_family_engine(max_num_batched_tokens=max_num_batched_tokens)
     store = AdapterStore.open(tmp_path / "store", engine.decoder.config.adapter_layout(), base_name="base")
     rows = [(row, adapter) for adapter in (None, *ADAPTERS) for row in (f"{adapter}-1", f"{adapter}-2")]
     for row, adapter in rows:

@@ -27,7 +27,7 @@ def write_random_adapter(directory: Path, config: ModelConfig, *, rank: int, see
     tensors = {}
     for layer in range(config.num_layers):
         for projection, (rows, columns) in shapes.items():
-            module = linear_name(layer, projection)
+            module = linear_name(config, layer, projection)
             lora_a = rng.standard_normal((rank, columns), dtype=np.float32) / np.sqrt(columns)
             lora_b = rng.standard_normal((rows, rank), dtype=np.float32) * UPDATE_SIZE
             tensors[f"base_model.model.{module}.lora_A.weight"] = lora_a.astype(np.float16)

@@ -58,7 +58,7 @@ class Engine:
         self.block_pool = BlockPool(num_blocks, settings.block_size)
         self.adapter_pool = AdapterPool(
             decoder.config,
-            decoder.weights.adapter_groups,
+            tuple(decoder.weights.groups),
             settings.adapter_memory,
             decoder.dtype,
             decoder.device,

@@ -50,7 +50,7 @@ def pack_adapter(
     end = 0
     for layer in range(config.num_layers):
         for group in config.projection_groups:
-            keys = [ModuleKey(layer, projection) for projection in group.projections]
+            keys = [ModuleKey(layer, projection, group.expert) for projection in group.projections]
             pairs = [adapter.pairs.get(key) for key in keys]
             ranks = [pair.rank if pair else 0 for pair in pairs] + [0] * (MAX_SLICES - len(pairs))
             vectors = {

@@ -4,13 +4,13 @@ The families differ only in the fields below; nothing after this module asks for
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from onebase_adapters.adapter import BaseLayout
+from onebase_adapters.adapter import ROUTER, BaseLayout, ExpertLayout
 from onebase_server.errors import ConfigurationError
 from onebase_server.model.config_reader import ConfigReader, HfConfig
 from onebase_server.model.families import family_of
@@ -39,6 +39,9 @@ class ProjectionGroup:
     """Output features of each projection."""
     fused: str | None = None
     """The one linear that the checkpoint has for all projections."""
+    expert: int | None = None
+    """Whose it is in a mixture of experts; None for what computes for every token."""
+    is_quantizable: bool = True
 
     @property
     def linears(self) -> tuple[CheckpointLinear, ...]:
@@ -170,7 +173,7 @@ class ModelConfig:
             ProjectionGroup("o", ("o_proj",), q, (hidden,)),
         )
         if self.experts is not None:
-            return attention
+            return (*attention, *_expert_groups(self.experts, hidden))
         return (
             *attention,
             ProjectionGroup("gate_up", ("gate_proj", "up_proj"), hidden, (inner, inner), fused_gate_up),
@@ -178,26 +181,18 @@ class ModelConfig:
         )
 
     @property
-    def expert_groups(self) -> tuple[ProjectionGroup, ...]:
-        """The groups of each expert; there are none without experts."""
-        if self.experts is None:
-            return ()
-        hidden, inner, names = self.hidden_size, self.experts.intermediate_size, self.experts.names
-        return (
-            ProjectionGroup("gate_up", (names.gate, names.up), hidden, (inner, inner)),
-            ProjectionGroup("down", (names.down,), inner, (hidden,)),
-        )
+    def distinct_groups(self) -> tuple[ProjectionGroup, ...]:
+        """Of those that may be quantised one for each name: the groups of all experts are alike."""
+        return tuple({group.name: group for group in self.projection_groups if group.is_quantizable}.values())
 
     def adapter_layout(self) -> BaseLayout:
         """What an adapter of this base has to fit."""
-        shapes = {
-            projection: (width, group.in_features)
-            for group in self.projection_groups
-            for projection, width in zip(group.projections, group.widths, strict=True)
-        }
+        of_all = [group for group in self.projection_groups if group.expert is None and ROUTER not in group.projections]
+        of_expert = [group for group in self.projection_groups if group.expert == 0]
         return BaseLayout(
             num_layers=self.num_layers,
-            shapes=shapes,
+            shapes=_shapes(of_all),
+            experts=None if self.experts is None else ExpertLayout(self.experts.num_experts, _shapes(of_expert)),
             num_kv_heads=self.num_kv_heads,
             vocab_size=self.vocab_size,
             is_tied=self.tie_word_embeddings,
@@ -236,6 +231,24 @@ class ModelConfig:
                         f"config.json: {name} has {len(factors)} numbers; longrope needs one for each of the "
                         f"{rotated // 2} pairs that it rotates."
                     )
+
+
+def _expert_groups(config: ExpertConfig, hidden: int) -> Iterator[ProjectionGroup]:
+    """The router, then those of each expert."""
+    inner = config.intermediate_size
+    yield ProjectionGroup("router", (ROUTER,), hidden, (config.num_experts,), is_quantizable=False)
+    for expert in range(config.num_experts):
+        yield ProjectionGroup("gate_up", ("gate_proj", "up_proj"), hidden, (inner, inner), expert=expert)
+        yield ProjectionGroup("down", ("down_proj",), inner, (hidden,), expert=expert)
+
+
+def _shapes(groups: Iterable[ProjectionGroup]) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of each projection."""
+    return {
+        projection: (width, group.in_features)
+        for group in groups
+        for projection, width in zip(group.projections, group.widths, strict=True)
+    }
 
 
 _PARALLEL_PLACES = NormPlaces(before_mlp=None)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from onebase_kernels import PackedWeights
 from onebase_server.model.linear import LinearGroup
-from onebase_server.model.mlp import ExpertMlp, Mlp
+from onebase_server.model.mlp import Mlp
 from onebase_server.model.norm import Norm
 
 
@@ -43,7 +43,7 @@ class WeightReport:
     embedding_bytes: int
     """Embedding and head; once where they are tied."""
     other_bytes: int
-    """Norms, biases and routers."""
+    """Norms and biases."""
 
     @property
     def bits_per_parameter(self) -> float:
@@ -70,23 +70,17 @@ class DecoderWeights:
 
     @property
     def groups(self) -> Iterator[LinearGroup]:
-        """The projection groups of all layers, those of experts too."""
+        """The projection groups of all layers, in the order of their places in the adapters' table."""
         for layer in self.layers:
             yield from (layer.qkv, layer.o, *layer.mlp.groups)
-
-    @property
-    def adapter_groups(self) -> tuple[LinearGroup, ...]:
-        """Those that adapters may touch, in the order of their places in the adapters' table."""
-        return tuple(group for group in self.groups if group.place is not None)
 
     def report(self) -> WeightReport:
         """What they take in memory."""
         norms = [self.norm, *(norm for layer in self.layers for norm in layer.norms)]
         biases = [group.bias for group in self.groups]
-        routers = [layer.mlp.router for layer in self.layers if isinstance(layer.mlp, ExpertMlp)]
         return WeightReport(
             linear_parameters=sum(group.num_parameters for group in self.groups),
             linear_bytes=sum(group.nbytes for group in self.groups),
             embedding_bytes=self.embedding.nbytes + (0 if self.head is self.embedding else self.head.nbytes),
-            other_bytes=sum(part.nbytes for part in (*norms, *biases, *routers) if part is not None),
+            other_bytes=sum(part.nbytes for part in (*norms, *biases) if part is not None),
         )

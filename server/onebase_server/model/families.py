@@ -189,7 +189,7 @@ def _mixtral_experts(reader: ConfigReader) -> ExpertConfig:
         per_token=reader.integer("num_experts_per_tok", default=2),
         intermediate_size=reader.integer("intermediate_size"),
         is_normalized=True,
-        names=ExpertNames("block_sparse_moe", gate="w1", up="w3", down="w2"),
+        names=ExpertNames("block_sparse_moe", {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}),
     )
 
 

@@ -1,5 +1,6 @@
 """How the layers of carried families differ, as typed fields. It needs no torch and knows no family's name."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -31,14 +32,16 @@ class NormConfig:
     """How q and k are normalised before rope: each head by itself, all of a token's heads as one row, or not at all."""
 
 
-class ExpertNames(NamedTuple):
+@dataclass(frozen=True)
+class ExpertNames:
     """What a checkpoint calls the parts of a mixture of experts."""
 
     parent: str = "mlp"
     """The module in a layer that has the router, `gate`, and the experts, `experts.0` and so on."""
-    gate: str = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
+    linears: Mapping[str, str] = field(
+        default_factory=lambda: {name: name for name in ("gate_proj", "up_proj", "down_proj")}
+    )
+    """An expert's, by their projections."""
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,11 @@ class LinearGroup:
     """Output features of each projection."""
     bias: Tensor | None
     """[ΣN]."""
-    place: int | None
-    """Of this group in the adapters' table; None where adapters cannot touch it."""
+    place: int
+    """Of this group in the adapters' table."""
 
     @classmethod
-    def build(cls, linears: Sequence[Linear], widths: tuple[int, ...], place: int | None) -> "LinearGroup":
+    def build(cls, linears: Sequence[Linear], widths: tuple[int, ...], place: int) -> "LinearGroup":
         """Put a group's linears side by side, one of each projection or one of all.
 
         Weights are packed for the back end that was chosen.
@@ -70,8 +70,6 @@ class LinearGroup:
 
     def __call__(self, x: Tensor, lora: LoraBatch) -> Tensor:
         """Base and adapters, `x Wᵢᵀ + bᵢ` plus the side paths, the projections side by side: [T, in] → [T, ΣN]."""
-        if self.place is None:
-            return self._base(x)
         started = kernels.start_lora(x, lora, self.place)
         y = self._base(x)
         kernels.add_lora_(y, x, lora, self.place, self.widths, started)

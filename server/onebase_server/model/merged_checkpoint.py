@@ -163,6 +163,9 @@ class _Merger:
         for module, parts in parts_of.items():
             if module.rpartition(".")[2] in self._biases:
                 others[f"{module}.bias"] = _merged_bias(others.get(f"{module}.bias"), parts)
+        for module in names.linear_shapes(self.config, layer, quantizable=False):
+            if any(part.changes_weight for part in parts_of[module]):
+                others[f"{module}.weight"] = _merged_weight(others[f"{module}.weight"].float(), parts_of[module])
         written = self._in_dtype(others)
         for module in modules:
             weight = self._read_weight(f"{module}.weight")
@@ -174,14 +177,15 @@ class _Merger:
     def _adapter_parts(self, layer: int) -> dict[str, list[_AdapterPart]]:
         """What the adapter has for each projection of a layer's linears, by module."""
         pairs, epilogues = self._adapter.pairs, self._adapter.epilogues
-        return {
-            names.linear_name(layer, linear.name): [
-                _AdapterPart(width, pairs.get(key), epilogues.get(key))
-                for key, width in zip((ModuleKey(layer, p) for p in linear.projections), linear.widths, strict=True)
-            ]
-            for group in self.config.projection_groups
-            for linear in group.linears
-        }
+        parts: dict[str, list[_AdapterPart]] = {}
+        for group in self.config.projection_groups:
+            for linear in group.linears:
+                keys = [ModuleKey(layer, projection, group.expert) for projection in linear.projections]
+                parts[names.linear_name(self.config, layer, linear.name, group.expert)] = [
+                    _AdapterPart(width, pairs.get(key), epilogues.get(key))
+                    for key, width in zip(keys, linear.widths, strict=True)
+                ]
+        return parts
 
     def _in_dtype(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self._dtype) for name, tensor in tensors.items()}

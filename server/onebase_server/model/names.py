@@ -2,8 +2,8 @@
 
 from collections.abc import Collection
 
+from onebase_adapters.adapter import ROUTER
 from onebase_server.model.config import ModelConfig
-from onebase_server.model.layer_config import ExpertConfig
 
 Shape = tuple[int, ...]
 
@@ -24,8 +24,13 @@ _PARENT_OF = {
 }
 
 
-def linear_name(layer: int, linear: str) -> str:
-    """A linear's module: `model.layers.0.self_attn.q_proj`."""
+def linear_name(config: ModelConfig, layer: int, linear: str, expert: int | None = None) -> str:
+    """A linear's module: `model.layers.0.self_attn.q_proj`, `model.layers.0.mlp.experts.7.up_proj`."""
+    if config.experts is not None and linear == ROUTER:
+        return f"model.layers.{layer}.{config.experts.names.parent}.{ROUTER}"
+    if config.experts is not None and expert is not None:
+        names = config.experts.names
+        return f"model.layers.{layer}.{names.parent}.experts.{expert}.{names.linears[linear]}"
     return f"model.layers.{layer}.{_PARENT_OF[linear]}.{linear}"
 
 
@@ -35,31 +40,14 @@ def norm_name(layer: int, norm: str) -> str:
     return f"model.layers.{layer}.{parent}{norm}"
 
 
-def router_name(config: ExpertConfig, layer: int) -> str:
-    """The weight of a layer's router: `model.layers.0.mlp.gate.weight`."""
-    return f"model.layers.{layer}.{config.names.parent}.gate.weight"
-
-
-def expert_name(config: ExpertConfig, layer: int, expert: int, linear: str) -> str:
-    """An expert's linear: `model.layers.0.mlp.experts.7.up_proj`."""
-    return f"model.layers.{layer}.{config.names.parent}.experts.{expert}.{linear}"
-
-
-def linear_shapes(config: ModelConfig, layer: int) -> dict[str, Shape]:
-    """The weights of a layer's linears, by module."""
-    shapes: dict[str, Shape] = {
-        linear_name(layer, linear.name): (sum(linear.widths), group.in_features)
+def linear_shapes(config: ModelConfig, layer: int, *, quantizable: bool = True) -> dict[str, Shape]:
+    """The weights of a layer's linears, by module: of those that may be quantised, or of the others."""
+    return {
+        linear_name(config, layer, linear.name, group.expert): (sum(linear.widths), group.in_features)
         for group in config.projection_groups
+        if group.is_quantizable == quantizable
         for linear in group.linears
     }
-    if config.experts is not None:
-        shapes |= {
-            expert_name(config.experts, layer, expert, linear.name): (sum(linear.widths), group.in_features)
-            for expert in range(config.experts.num_experts)
-            for group in config.expert_groups
-            for linear in group.linears
-        }
-    return shapes
 
 
 def layer_shapes(config: ModelConfig, layer: int) -> dict[str, Shape]:
@@ -67,12 +55,10 @@ def layer_shapes(config: ModelConfig, layer: int) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {}
     for norm, size in _norm_sizes(config).items():
         shapes |= _norm_shapes(config, norm_name(layer, norm), size)
-    for module, shape in linear_shapes(config, layer).items():
+    for module, shape in (linear_shapes(config, layer) | linear_shapes(config, layer, quantizable=False)).items():
         shapes[f"{module}.weight"] = shape
         if module.rpartition(".")[2] in config.biases:
             shapes[f"{module}.bias"] = shape[:1]
-    if config.experts is not None:
-        shapes[router_name(config.experts, layer)] = (config.experts.num_experts, config.hidden_size)
     return shapes
 
 

@@ -4,8 +4,7 @@ It knows files and names (`checkpoint`, `names`, `weight_formats`, `quantized_ca
 computes nothing itself.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -21,9 +20,8 @@ from onebase_server.model.checkpoint_writer import Progress
 from onebase_server.model.config import ModelConfig, ProjectionGroup
 from onebase_server.model.decoder import Decoder
 from onebase_server.model.decoder_weights import DecoderWeights, LayerNorms, LayerWeights
-from onebase_server.model.layer_config import ExpertConfig
 from onebase_server.model.linear import Linear, LinearGroup
-from onebase_server.model.mlp import ExpertMlp, GatedMlp
+from onebase_server.model.mlp import ExpertMlp, GatedMlp, Mlp
 from onebase_server.model.norm import LayerNorm, Norm, RmsNorm
 from onebase_server.model.quantized_cache import quantized_checkpoint
 from onebase_server.model.weight_formats import Quantization
@@ -135,26 +133,21 @@ class _Loader:
         stored = (weight_formats.tensor_names(name, self.checkpoint.shapes) for name in shapes)
         tensors = self.checkpoint.read(chain.from_iterable(stored))
         groups = self.config.projection_groups
-        experts = self.config.experts
         qkv, o, *mlp = (
-            self._group(tensors, group, partial(names.linear_name, layer), place)
-            for place, group in enumerate(groups, layer * len(groups))
+            self._group(tensors, group, layer, place) for place, group in enumerate(groups, layer * len(groups))
         )
-        return LayerWeights(
-            norms=self._norms(tensors, layer),
-            qkv=qkv,
-            o=o,
-            mlp=self._experts(tensors, layer, experts) if experts else GatedMlp(mlp[0], mlp[1], self.config.activation),
-        )
+        return LayerWeights(norms=self._norms(tensors, layer), qkv=qkv, o=o, mlp=self._mlp(mlp))
 
-    def _experts(self, tensors: Mapping[str, Tensor], layer: int, config: ExpertConfig) -> ExpertMlp:
-        experts = []
-        for expert in range(config.num_experts):
-            name = partial(names.expert_name, config, layer, expert)
-            gate_up, down = (self._group(tensors, group, name, None) for group in self.config.expert_groups)
-            experts.append(GatedMlp(gate_up, down, self.config.activation))
-        router = self._vector(tensors[names.router_name(config, layer)])
-        return ExpertMlp(router, tuple(experts), config.per_token, config.is_normalized)
+    def _mlp(self, groups: Sequence[LinearGroup]) -> Mlp:
+        """Of the groups that a layer has behind attention."""
+        activation, config = self.config.activation, self.config.experts
+        if config is None:
+            gate_up, down = groups
+            return GatedMlp(gate_up, down, activation)
+        router, *of_experts = groups
+        pairs = zip(of_experts[::2], of_experts[1::2], strict=True)
+        experts = tuple(GatedMlp(gate_up, down, activation) for gate_up, down in pairs)
+        return ExpertMlp(router, experts, config.per_token, config.is_normalized)
 
     def _norms(self, tensors: Mapping[str, Tensor], layer: int) -> LayerNorms:
         q_and_k = ("q_norm", "k_norm") if self.config.norms.heads else (None, None)
@@ -171,18 +164,11 @@ class _Loader:
             return RmsNorm(weight, norms.eps)
         return LayerNorm(weight, self._vector(tensors[f"{module}.bias"].float() * scale), norms.eps)
 
-    def _group(
-        self,
-        tensors: Mapping[str, Tensor],
-        group: ProjectionGroup,
-        name: Callable[[str], str],
-        place: int | None,
-    ) -> LinearGroup:
-        """The linears of a group, of which `name` says the modules."""
-        linears = [
-            self._linear(tensors, name(linear.name), (sum(linear.widths), group.in_features))
-            for linear in group.linears
-        ]
+    def _group(self, tensors: Mapping[str, Tensor], group: ProjectionGroup, layer: int, place: int) -> LinearGroup:
+        linears = []
+        for linear in group.linears:
+            module = names.linear_name(self.config, layer, linear.name, group.expert)
+            linears.append(self._linear(tensors, module, (sum(linear.widths), group.in_features)))
         return LinearGroup.build(linears, group.widths, place)
 
     def _linear(self, tensors: Mapping[str, Tensor], module: str, shape: names.Shape) -> Linear:
@@ -199,5 +185,5 @@ class _Loader:
         return tensor.to(self.device, self.dtype)
 
     def _vector(self, tensor: Tensor) -> Tensor:
-        """A norm, a bias or a router, copied: a view would keep its file mapped, and in memory what was packed."""
+        """A norm or a bias, copied: a view would keep its file mapped, and in memory what was packed."""
         return tensor.to(self.device, self.dtype, copy=True)

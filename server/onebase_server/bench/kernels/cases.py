@@ -29,7 +29,7 @@ def list_cases(config: ModelConfig, ops: Sequence[str]) -> list[Case]:
     """
     products = (linear_cases.quantized_linear, linear_cases.dense_linear, linear_cases.add_lora_)
     every = [
-        *(Case(op.__name__, group.name, partial(op, group)) for op in products for group in config.projection_groups),
+        *(Case(op.__name__, group.name, partial(op, group)) for op in products for group in config.distinct_groups),
         Case("write_kv_", "", attention_cases.write_kv_),
         Case("paged_attention", "decode", attention_cases.decode_attention),
         Case("paged_attention", "prefill", attention_cases.prefill_attention),

@@ -41,7 +41,7 @@ def tune(bench: Workbench, on_progress: OnProgress) -> list[TunedPlan]:
     """Measure the projection groups, for the tiles that hold each of the workbench's rows."""
     tiles = sorted({block_m_of(rows) for rows in bench.options.rows})
     tuned: list[TunedPlan] = []
-    groups = bench.config.projection_groups
+    groups = bench.config.distinct_groups
     for index, group in enumerate(groups):
         on_progress(index, len(groups))
         copies = nf4_copies(bench, ("triton",), group.widths, group.in_features).packed["triton"]
