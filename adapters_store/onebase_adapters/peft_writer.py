@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from .adapter import Adapter, Array, Epilogue, LowRankPair, ModuleKey, Prefix, PrefixKV, UnsupportedAdapter
+from .adapter import ROUTER, Adapter, Array, Epilogue, LowRankPair, ModuleKey, Prefix, PrefixKV, UnsupportedAdapter
 from .peft_config import CONFIG_FILE
 from .peft_format import WEIGHTS_FILE
 
@@ -26,10 +26,11 @@ def write_peft(adapter: Adapter, directory: Path, *, base_name: str) -> None:
     fused modules as their parts (`fused_projections` makes them whole).
 
     Raises:
-        UnsupportedAdapter: none of PEFT's kinds does all that the adapter does, or it changes the vocabulary; the text
-            says where.
+        UnsupportedAdapter: none of PEFT's kinds does all that the adapter does, or it changes the vocabulary or a
+            mixture's experts; the text says where.
     """
     adapter.require_exportable()
+    _refuse_experts(adapter)
     config, tensors = _content(adapter)
     directory.mkdir(parents=True, exist_ok=True)
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
@@ -43,6 +44,17 @@ def _content(adapter: Adapter) -> Content:
         return _prefix(adapter.prefix)
     _refuse_mixtures(adapter)
     return _lora(adapter) if adapter.pairs else _ia3(adapter)
+
+
+def _refuse_experts(adapter: Adapter) -> None:
+    """They are modules to PEFT on Transformers 4, by names that differ between families, and parameters on 5."""
+    keys = (*adapter.pairs, *adapter.epilogues)
+    of_mixture = [key for key in keys if key.expert is not None or key.projection == ROUTER]
+    if of_mixture:
+        raise UnsupportedAdapter(
+            f"The adapter changes {of_mixture[0]} of a mixture of experts: it can be served and merged into its base, "
+            "but not be written as a PEFT directory yet."
+        )
 
 
 def _refuse_mixtures(adapter: Adapter) -> None:

@@ -136,7 +136,6 @@ CASES = {
             "modules_to_save": ["lm_head"],
             "trainable_token_indices": [1],
             "layer_replication": [[0, 2], [1, 3]],
-            "target_parameters": ["experts.up"],
             "use_bdlora": {"nblocks": 2},
             "arrow_config": {"top_k": 3},
             "kasa_config": {"beta": 1.0},

@@ -12,7 +12,15 @@ from time import perf_counter
 import numpy as np
 import pytest
 
-from onebase_adapters.adapter import Adapter, AdapterNotFound, BaseLayout, ModuleKey, StoreError, VersionNotFound
+from onebase_adapters.adapter import (
+    Adapter,
+    AdapterNotFound,
+    BaseLayout,
+    ExpertLayout,
+    ModuleKey,
+    StoreError,
+    VersionNotFound,
+)
 from onebase_adapters.archive import unpack
 from onebase_adapters.blobs import file_digest, read_blob
 from onebase_adapters.store import AdapterStore
@@ -325,12 +333,21 @@ class TestVerify:
 
 
 def test_a_layout_survives_the_catalogue(tmp_path):
-    layout = BaseLayout(1, {"z_proj": (3, 5), "a_proj": (7, 5)}, is_fused=True)
+    experts = ExpertLayout(3, {"up_proj": (4, 5)})
+    layout = BaseLayout(1, {"z_proj": (3, 5), "a_proj": (7, 5)}, experts, is_fused=True)
     AdapterStore.open(tmp_path / "store", layout, base_name="b").close()
-    opened = AdapterStore.open(tmp_path / "store")
-    assert (opened.layout, opened.layout.projections) == (layout, ("z_proj", "a_proj"))
-    assert opened.layout.is_fused
-    opened.close()
+    opened = AdapterStore.open(tmp_path / "store").layout
+    assert (opened, opened.experts, list(opened.shapes)) == (layout, experts, ["z_proj", "a_proj"])
+    assert opened.is_fused
+
+
+def test_a_store_from_before_adapters_touched_experts_learns_of_them(tmp_path):
+    layout = BaseLayout(1, {"q_proj": (5, 5)}, ExpertLayout(3, {"up_proj": (4, 5)}))
+    AdapterStore.open(tmp_path / "store", replace(layout, experts=None), base_name="b").close()
+    AdapterStore.open(tmp_path / "store", layout, base_name="b").close()
+    assert AdapterStore.open(tmp_path / "store").layout.experts == layout.experts
+    with pytest.raises(StoreError, match="whose linears differ"):
+        AdapterStore.open(tmp_path / "store", replace(layout, experts=ExpertLayout(4, {"up_proj": (4, 5)})))
 
 
 def test_a_store_of_an_earlier_version_is_brought_up_to_date(open_store, write_peft, write_prefix):

@@ -164,8 +164,13 @@ def test_experts_and_how_many_each_token_takes() -> None:
     assert ModelConfig.from_hf(QWEN3).experts is None
 
 
-def test_adapters_may_not_touch_experts() -> None:
-    assert ModelConfig.from_hf(MIXTRAL).adapter_layout().projections == ("q_proj", "k_proj", "v_proj", "o_proj")
+def test_adapters_may_touch_the_router_and_every_expert() -> None:
+    layout = ModelConfig.from_hf(QWEN3_MOE).adapter_layout()
+    assert list(layout.shapes) == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert (layout.shape("gate"), layout.shape("gate", 0), layout.shape("up_proj")) == ((16, 64), None, None)
+    assert (layout.shape("up_proj", 15), layout.shape("down_proj", 0)) == ((48, 64), (64, 48))
+    assert layout.shape("up_proj", 16) is None
+    assert ModelConfig.from_hf(QWEN3).adapter_layout().shape("up_proj", 0) is None
 
 
 def test_softcaps_that_are_left_out_or_null_are_none() -> None:

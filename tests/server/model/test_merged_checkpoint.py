@@ -88,9 +88,10 @@ def test_fused_linears_are_merged_part_by_part(make_model, tmp_path):
     assert changed.tolist() == [False] * 64 + [True] * 32 + [False] * 32
 
 
-def test_experts_are_exported_as_they_are(make_model, tmp_path):
+@pytest.mark.parametrize("parameters", [[], ["gate.weight", "experts.gate_up_proj", "experts.down_proj"]])
+def test_experts_and_routers_are_merged_or_stay_as_they_are(parameters, make_model, tmp_path):
     base, peft_directory = tmp_path / "model", tmp_path / "peft"
-    config = LoraConfig(r=4, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    config = LoraConfig(r=4, target_modules=["q_proj", "o_proj"], target_parameters=parameters, init_lora_weights=False)
     get_peft_model(make_model("mixtral", num_local_experts=4), config).save_pretrained(peft_directory)
     adapter = parse(peft_directory, ModelConfig.from_directory(base).adapter_layout(), max_rank=8)
     export_merged(base, adapter, tmp_path / "out", UNQUANTISED)
