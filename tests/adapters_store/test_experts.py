@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from onebase_adapters import peft_writer
 from onebase_adapters.adapter import (
     Adapter,
     AdapterError,
@@ -172,3 +173,10 @@ def test_a_refusal_names_what_is_wrong(case: str, write_peft: WritePeft) -> None
     tensors, options, error, message = REFUSALS[case]
     with pytest.raises(error, match=re.escape(message)):
         load(write_peft(tensors, **({"r": 2, "target_modules": []} | options)))
+
+
+def test_experts_are_not_written_as_a_directory_that_nobody_could_read(write_peft: WritePeft, tmp_path: Path) -> None:
+    adapter = load(write_peft(STACK, r=2, target_modules=[], target_parameters=["experts.down_proj"]))
+    with pytest.raises(UnsupportedAdapter, match=r"layers\.0\.experts\.0\.down_proj of a mixture of experts"):
+        peft_writer.write_peft(adapter, tmp_path, base_name="tiny")
+    assert not list(tmp_path.glob("adapter_*"))

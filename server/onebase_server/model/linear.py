@@ -68,8 +68,13 @@ class LinearGroup:
         """Of the weights, scales included."""
         return sum(part.nbytes for part in self.parts)
 
-    def __call__(self, x: Tensor, lora: LoraBatch) -> Tensor:
-        """Base and adapters, `x Wᵢᵀ + bᵢ` plus the side paths, the projections side by side: [T, in] → [T, ΣN]."""
+    def __call__(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
+        """Base and adapters, `x Wᵢᵀ + bᵢ` plus the side paths, the projections side by side: [T, in] → [T, ΣN].
+
+        None is a step in which no adapter touches the group; a recorded step never says so.
+        """
+        if lora is None:
+            return self._base(x)
         started = kernels.start_lora(x, lora, self.place)
         y = self._base(x)
         kernels.add_lora_(y, x, lora, self.place, self.widths, started)

@@ -29,7 +29,7 @@ class GatedMlp:
         """Its linears."""
         yield from (self.gate_up, self.down)
 
-    def __call__(self, x: Tensor, lora: LoraBatch) -> Tensor:
+    def __call__(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
         """Of x [T, hidden]."""
         return self.down(_GATES[self.activation](self.gate_up(x, lora)), lora)
 
@@ -65,7 +65,7 @@ class ExpertMlp:
         for expert, (start, stop, segments) in zip(self.experts, shares, strict=True):
             if start < stop:
                 mine = rows[start:stop]
-                output = expert(x[mine], replace(lora, segments=segments))
+                output = expert(x[mine], replace(lora, segments=segments) if segments else None)
                 y.index_add_(0, mine, output * weights[start:stop, None])
         return y
 
