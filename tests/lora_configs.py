@@ -1,10 +1,12 @@
 """Any LoRA configuration that PEFT takes for a tiny model of two layers, as a hypothesis strategy."""
 
+import copy
+from functools import cache
 from typing import Any
 
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MODULES = [*LINEARS, "self_attn.q_proj", "layers.1.mlp.up_proj", "model.layers.0.self_attn.v_proj"]
@@ -49,10 +51,16 @@ def lora_options(draw: st.DrawFn) -> dict[str, Any]:
     return options
 
 
-def adapted(base: PreTrainedModel, options: dict[str, Any]) -> PeftModel | None:
-    """PEFT's model of a configuration, which changes `base`; None where it finds nothing to adapt."""
+@cache
+def _base() -> PreTrainedModel:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=64, num_hidden_layers=2, **sizes))
+
+
+def adapted(options: dict[str, Any]) -> PeftModel | None:
+    """A tiny Qwen2, whose q, k and v have biases, with a new adapter; None where PEFT finds nothing to adapt."""
     try:
-        model = get_peft_model(base, LoraConfig(**options))
+        model = get_peft_model(copy.deepcopy(_base()), LoraConfig(**options))
     except ValueError as error:
         if "No modules were targeted" in str(error) or "not found in the base model" in str(error):
             return None

@@ -19,7 +19,15 @@ from peft import (
     get_peft_model,
 )
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from onebase_adapters.store import AdapterStore
 from onebase_kernels import BackendName, use_backend
@@ -124,6 +132,20 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = LlamaConfig(**SMALL | {"intermediate_size": 256, "num_hidden_layers": 3, "max_position_embeddings": 256})
     directory = tmp_path_factory.mktemp("small") / "base"
     LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def biased_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2, whose q, k and v have biases, saved unquantised in fp32."""
+    torch.manual_seed(0)
+    config = Qwen2Config(**SMALL, tie_word_embeddings=False)
+    model = Qwen2ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    directory = tmp_path_factory.mktemp("biased") / "base"
+    model.save_pretrained(directory)
     return directory
 
 

@@ -16,7 +16,7 @@ from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_p
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import QALoraLinearVariant
 from safetensors.torch import load_file, save_file
-from transformers import Phi3Config, Phi3ForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from onebase_adapters.store import AdapterStore
 from onebase_kernels import BackendName, use_backend
@@ -73,20 +73,6 @@ FUSED_KINDS: dict[str, Callable[[], PeftConfig]] = {
     "vera": lambda: VeraConfig(r=8, target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
 }
 """For a base whose checkpoint has q, k and v in one linear, and gate and up."""
-
-
-@pytest.fixture(scope="module")
-def biased_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen2, whose q, k and v have biases, saved unquantised in fp32."""
-    torch.manual_seed(0)
-    config = Qwen2Config(**SMALL, tie_word_embeddings=False)
-    model = Qwen2ForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.3)
-    directory = tmp_path_factory.mktemp("kinds") / "base"
-    model.save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")
