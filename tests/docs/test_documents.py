@@ -9,6 +9,7 @@ import typer.main
 from pydantic import TypeAdapter
 
 from onebase_adapters.adapter import AdapterError, InvalidMerge
+from onebase_adapters.peft_lora import HONOURED
 from onebase_server.cli import app
 from onebase_server.errors import ConfigurationError, OnebaseError
 from onebase_server.model.families import FAMILIES
@@ -129,3 +130,18 @@ def test_the_kinds_in_the_adapters_document_are_those_that_are_compared_with_pef
     compared = read("tests/end_to_end/test_adapter_kinds.py").partition("FUSED_KINDS")[0]
     assert named <= set(re.findall(r'"([^"\n]+)"', compared))
     assert set(re.findall(r'^    "([^"\n]+)": lambda', compared, re.MULTILINE)) - named <= {"some layers", "exclusions"}
+
+
+def test_the_adapters_document_names_every_option_of_lora_that_has_an_effect():
+    text = section(read("docs/adapters.md"), "What is carried")
+    assert sorted(option for option in HONOURED if not re.search(rf"`{option}\b", text)) == []
+
+
+def test_each_row_of_what_adapters_can_be_names_its_test():
+    text = read("docs/adapters.md")
+    for heading in ("What is carried", "Merging several into one"):
+        for table in re.findall(r"(?:^\|.*\n)+", section(text, heading), re.MULTILINE):
+            head = table.partition("\n")[0].strip("|").split("|")[-1].strip()
+            assert head.startswith(("test", "in the test", "held against PEFT")), table
+            for row in rows(table):
+                assert re.search(r"`[^`]+`|the same", row[-1]), row
