@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from onebase_adapters.adapter import Adapter, AdapterError, InvalidUpload
+from onebase_adapters.adapter import Adapter, InvalidUpload
 from onebase_adapters.store import AdapterStore
 
 from .conftest import LAYOUT, PEFT_CONFIG, Tensors, lora_tensors
@@ -161,7 +161,7 @@ def test_a_refusal_names_the_field_or_the_tensor_and_leaves_nothing_behind(
     assert contents(filled_store) == before
 
 
-class _WouldBeKept(AdapterError):
+class _WouldBeKept(Exception):
     """What was changed of the file does not make it a wrong one."""
 
 
@@ -182,7 +182,6 @@ def test_bytes_that_are_changed_cut_or_added_never_break_more_than_the_upload(
         what = data.draw(st.binary(min_size=0, max_size=8), label="what")
         content[where : where + data.draw(st.integers(0, 8), label="instead of")] = what
         path.write_bytes(content)
-        with pytest.raises(AdapterError) as refused:
+        with pytest.raises((InvalidUpload, _WouldBeKept)):
             filled_store.publish("pirate", Path(directory), accept=_refuse)
-    assert isinstance(refused.value, InvalidUpload | _WouldBeKept)
     assert contents(filled_store) == before
