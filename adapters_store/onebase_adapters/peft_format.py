@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path, PurePath
 
 from .adapter import Adapter, BaseLayout, InvalidConfig, InvalidTensors
+from .base_vectors import BaseVectors
 from .peft_config import CONFIG_FILE, load_config
 from .peft_ia3 import read_ia3
 from .peft_lora import read_lora
@@ -23,8 +24,10 @@ ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER_FILES)
 PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 
 
-def parse(directory: Path, layout: BaseLayout, *, max_rank: int) -> Adapter:
+def parse(directory: Path, layout: BaseLayout, *, max_rank: int, base: BaseVectors | None = None) -> Adapter:
     """Read an adapter of any kind; its arrays are views of the mapped file, where they need not be computed.
+
+    Of embeddings and heads that were saved whole, what is not the `base`'s is kept; all of it where none is given.
 
     Raises:
         InvalidConfig, UnsupportedAdapter: see `load_config` and the reader of the adapter's kind.
@@ -35,7 +38,7 @@ def parse(directory: Path, layout: BaseLayout, *, max_rank: int) -> Adapter:
     config, tensors = load_config(directory / CONFIG_FILE), map_tensors(directory / WEIGHTS_FILE).tensors
     match config["peft_type"]:
         case "LORA":
-            return read_lora(config, tensors, layout, max_rank=max_rank)
+            return read_lora(config, tensors, layout, max_rank=max_rank, base=base)
         case "IA3":
             return read_ia3(config, tensors, layout)
         case "VERA":

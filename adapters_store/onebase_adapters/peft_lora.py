@@ -1,4 +1,7 @@
-"""A PEFT LoRA adapter to the canonical form: LoRA, rsLoRA, DoRA, QA-LoRA, and what each of them does with biases."""
+"""A PEFT LoRA adapter to the canonical form: LoRA, rsLoRA, DoRA, QA-LoRA, and what each of them does with biases.
+
+What else such an adapter has of embedding and head is `peft_vocabulary`'s business.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -20,7 +23,9 @@ from .adapter import (
     ModuleKey,
     RankTooLarge,
     UnsupportedAdapter,
+    Vocabulary,
 )
+from .base_vectors import BaseVectors
 from .peft_config import (
     CONFIG_FILE,
     PROVENANCE,
@@ -34,24 +39,38 @@ from .peft_config import (
 )
 from .peft_stacks import unstack
 from .peft_targets import TARGET_OPTIONS, ModuleNames, Targets
-from .peft_tensors import ADAPTER_NAME, ModuleTensors, group_by_module
+from .peft_tensors import ADAPTER_NAME, ModuleTensors, NamedTensors, group_by_module
+from .peft_vocabulary import (
+    EMBEDDING,
+    MODULES,
+    VOCABULARY_OPTIONS,
+    Found,
+    VocabularyOptions,
+    read_vocabulary,
+    split_vocabulary,
+    vocabulary_size,
+)
 
-HONOURED = TARGET_OPTIONS | {
-    "alora_invocation_tokens",
-    "alpha_pattern",
-    "bias",
-    "lora_alpha",
-    "lora_bias",
-    "peft_type",
-    "qalora_group_size",
-    "qalora_pooling",
-    "r",
-    "rank_pattern",
-    "target_parameters",
-    "use_dora",
-    "use_qalora",
-    "use_rslora",
-}
+HONOURED = frozenset(
+    {
+        *TARGET_OPTIONS,
+        *VOCABULARY_OPTIONS,
+        "alora_invocation_tokens",
+        "alpha_pattern",
+        "bias",
+        "lora_alpha",
+        "lora_bias",
+        "peft_type",
+        "qalora_group_size",
+        "qalora_pooling",
+        "r",
+        "rank_pattern",
+        "target_parameters",
+        "use_dora",
+        "use_qalora",
+        "use_rslora",
+    }
+)
 
 WITHOUT_EFFECT = PROVENANCE | {
     # how it was trained
@@ -67,8 +86,6 @@ WITHOUT_EFFECT = PROVENANCE | {
     "velora_config",
     # how weights lie in layers that are not linear; PEFT switches it off for those that are
     "fan_in_fan_out",
-    # which modules got tensors: the tensors tell
-    "ensure_weight_tying",
 }
 """Options that leave the answers of a finished adapter alone."""
 
@@ -108,6 +125,13 @@ class LoraOptions:
     targets: Targets
     target_parameters: ModuleNames
     """Parameters that are adapted; each weight is a module's own, or stacked of all experts."""
+    vocabulary: VocabularyOptions
+
+    @property
+    def beyond_lora(self) -> str | None:
+        """The option that makes more of each module than plain LoRA does, if one is on."""
+        named = (("use_dora", self.use_dora), ("lora_bias", self.lora_bias), ("use_qalora", self.pooling))
+        return next((name for name, is_on in named if is_on), None)
 
     def rank(self, module: str) -> int:
         """The rank of a module, named as in the base model: `model.layers.3.self_attn.q_proj`."""
@@ -145,7 +169,14 @@ class Pooling:
         return 1.0 if self.is_sum else self.num_groups(module) / self.group_size
 
 
-def read_lora(config: dict[str, Any], tensors: Mapping[str, Array], layout: BaseLayout, *, max_rank: int) -> Adapter:
+def read_lora(
+    config: dict[str, Any],
+    tensors: Mapping[str, Array],
+    layout: BaseLayout,
+    *,
+    max_rank: int,
+    base: BaseVectors | None = None,
+) -> Adapter:
     """Check an adapter of `peft_type` LORA against the base.
 
     Raises:
@@ -157,7 +188,9 @@ def read_lora(config: dict[str, Any], tensors: Mapping[str, Array], layout: Base
     options = read_options(config)
     pairs: dict[ModuleKey, LowRankPair] = {}
     epilogues: dict[ModuleKey, Epilogue] = {}
-    modules = group_by_module(tensors, TENSORS, layout, options.target_parameters)
+    outer, inner = split_vocabulary(tensors)
+    vocabulary = _vocabulary(outer, options, layout, base, max_rank)
+    modules = group_by_module(inner, TENSORS, layout, options.target_parameters) if inner or not vocabulary else []
     for module in chain.from_iterable(map(unstack, modules)):
         if _is_targeted(module):
             if not module.is_parameter:
@@ -167,7 +200,7 @@ def read_lora(config: dict[str, Any], tensors: Mapping[str, Array], layout: Base
                     raise InvalidTensors(f"{key} has two pairs of tensors, one of its own and one in a fused module.")
                 pairs[key] = pair
         epilogues |= _epilogues(module, options)
-    return Adapter(pairs, epilogues, invocation_tokens=options.invocation_tokens)
+    return Adapter(pairs, epilogues, vocabulary=vocabulary, invocation_tokens=options.invocation_tokens)
 
 
 def read_options(config: dict[str, Any]) -> LoraOptions:
@@ -187,6 +220,7 @@ def read_options(config: dict[str, Any]) -> LoraOptions:
         alpha_pattern=_patterns(config, "alpha_pattern", finite_number),
         targets=Targets.read(config),
         target_parameters=_target_parameters(config),
+        vocabulary=VocabularyOptions.read(config),
     )
     if options.use_dora and (options.lora_bias or options.pooling):
         other = "lora_bias" if options.lora_bias else "use_qalora"
@@ -261,19 +295,53 @@ def _is_targeted(module: ModuleTensors) -> bool:
 
 def _pairs(module: ModuleTensors, options: LoraOptions, max_rank: int) -> dict[ModuleKey, LowRankPair]:
     """The module's pair; for a fused one the pair of each projection, which share A and divide B's rows."""
-    rank, pooling = options.rank(module.name), options.pooling
+    pooling = options.pooling
+    num_columns = pooling.num_groups(module) if pooling else module.in_features
+    pair = _pair(module, num_columns, module.out_features, options, max_rank)
+    lora_a, scale = pair.lora_a, pair.scale
+    if pooling:
+        lora_a, scale = lora_a.repeat(pooling.group_size, axis=1), scale * pooling.factor(module)
+    return {key: LowRankPair(lora_a, rows, scale) for key, rows in module.divide(pair.lora_b)}
+
+
+def _pair(
+    module: NamedTensors, in_features: int, out_features: int, options: LoraOptions, max_rank: int
+) -> LowRankPair:
+    rank = options.rank(module.name)
     if rank > max_rank:
         raise RankTooLarge(f"{module.name} has rank {rank}, but this server allows at most {max_rank}.")
-    scale = options.scale(module.name)
-    if pooling:
-        lora_a = module.take("lora_A", rank, pooling.num_groups(module)).repeat(pooling.group_size, axis=1)
-        scale *= pooling.factor(module)
-    else:
-        lora_a = module.take("lora_A", rank, module.in_features)
-    lora_b = module.take("lora_B", module.out_features, rank)
+    lora_a, lora_b = module.take("lora_A", rank, in_features), module.take("lora_B", out_features, rank)
     if lora_a.dtype != lora_b.dtype:
         raise InvalidTensors(f"{module.name} has lora_A in {lora_a.dtype} but lora_B in {lora_b.dtype}.")
-    return {key: LowRankPair(lora_a, rows, scale) for key, rows in module.divide(lora_b)}
+    return LowRankPair(lora_a, lora_b, options.scale(module.name))
+
+
+def _vocabulary(
+    found: Found, options: LoraOptions, layout: BaseLayout, base: BaseVectors | None, max_rank: int
+) -> Vocabulary | None:
+    """What becomes of embedding and head; None if nothing does."""
+    if not options.vocabulary.is_any and not any(module.tensors for module in found.values()):
+        return None
+    if options.invocation_tokens:
+        raise UnsupportedAdapter(
+            f"{CONFIG_FILE} asks for alora_invocation_tokens, which this server does not combine with changes of "
+            "embed_tokens or lm_head (target_modules, modules_to_save, trainable_token_indices, resized vocabularies)."
+        )
+    size = vocabulary_size(found, options.vocabulary, layout)
+    pairs: dict[str, LowRankPair] = {}
+    for matrix, module in found.items():
+        if not module.has_pair:
+            continue
+        if options.targets.target_modules is None:
+            raise InvalidTensors(f"There are tensors for {module.name}, but target_modules does not name it.")
+        # a head that is tied by force has tensors where the embedding is named
+        options.targets.require(MODULES[EMBEDDING] if options.vocabulary.ties and layout.is_tied else module.name)
+        if option := options.beyond_lora:
+            raise UnsupportedAdapter(
+                f"{CONFIG_FILE} asks for {option}, which this server does not combine with LoRA on {module.name}."
+            )
+        pairs[matrix] = _pair(module, *module.features(size, layout), options, max_rank)
+    return read_vocabulary(found, pairs, size, options.vocabulary, layout, base)
 
 
 def _epilogues(module: ModuleTensors, options: LoraOptions) -> dict[ModuleKey, Epilogue]:

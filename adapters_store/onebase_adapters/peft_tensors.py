@@ -34,12 +34,34 @@ _NO_NAMES = ModuleNames()
 
 
 @dataclass
-class ModuleTensors:
-    """The tensors of one module of the checkpoint, which may be a fused one."""
+class NamedTensors:
+    """The tensors of one module of the checkpoint."""
 
     name: str
     """As in the base model: `model.layers.3.self_attn.q_proj`; with the parameter, `model.layers.3.mlp.gate.weight`,
     where `target_parameters` names it."""
+    tensors: dict[str, tuple[str, Array]] = field(default_factory=dict, kw_only=True)
+    """Each kind of tensor to its full name and its value."""
+
+    def add(self, kind: str, name: str, tensor: Array) -> None:
+        """Gather one; raises InvalidTensors if there is one of its kind."""
+        if kind in self.tensors:
+            raise InvalidTensors(f"Tensors {self.tensors[kind][0]} and {name} are for the same matrix.")
+        self.tensors[kind] = (name, tensor)
+
+    def take(self, kind: str, *shape: int) -> Array:
+        """The tensor of a kind; raises InvalidTensors if it is missing, of another shape or not finite."""
+        if kind not in self.tensors:
+            present, _ = next(iter(self.tensors.values()))
+            raise InvalidTensors(f"There is {present}, but no {kind} for {self.name}.")
+        name, tensor = self.tensors[kind]
+        return checked(name, tensor, shape)
+
+
+@dataclass
+class ModuleTensors(NamedTensors):
+    """Those of a linear, which may be a fused one."""
+
     layer: int
     expert: int | None
     """Whose it is in a mixture of experts; 0 of a stack."""
@@ -52,8 +74,6 @@ class ModuleTensors:
     """Whether `target_parameters` names it."""
     num_stacked: int | None
     """How many experts' tensors are stacked here; None where they are one module's own."""
-    tensors: dict[str, tuple[str, Array]] = field(default_factory=dict)
-    """Each kind of tensor to its full name and its value."""
 
     @property
     def out_features(self) -> int:
@@ -63,14 +83,6 @@ class ModuleTensors:
     def key(self, projection: str) -> ModuleKey:
         """The linear of a projection that is the module's, or beside it."""
         return ModuleKey(self.layer, projection, self.expert)
-
-    def take(self, kind: str, *shape: int) -> Array:
-        """The tensor of a kind; raises InvalidTensors if it is missing, of another shape or not finite."""
-        if kind not in self.tensors:
-            present, _ = next(iter(self.tensors.values()))
-            raise InvalidTensors(f"There is {present}, but no {kind} for {self.name}.")
-        name, tensor = self.tensors[kind]
-        return checked(name, tensor, shape)
 
     def divide(self, tensor: Array) -> Iterator[tuple[ModuleKey, Array]]:
         """A tensor's rows [out_features, …] among the projections."""
@@ -116,11 +128,9 @@ def group_by_module(
             raise InvalidTensors(
                 f"Tensor {name} belongs to no linear of this base that adapters may touch; those are {layout}."
             )
-        module = modules.setdefault((module.layer, module.expert, module.projections, module.num_stacked), module)
-        kind = next(kind for kind in kinds if match[kind] is not None)
-        if kind in module.tensors:
-            raise InvalidTensors(f"Tensors {module.tensors[kind][0]} and {name} are for the same matrix.")
-        module.tensors[kind] = (name, tensor)
+    """As in the base model: `model.layers.3.self_attn.q_proj`; with the parameter, `model.layers.3.mlp.gate.weight`,
+    where `target_parameters` names it."""
+    tensors: dict[str, tuple[str, Array]] = field(default_factory=dict, kw_only=True)
     return list(modules.values())
 
 

@@ -30,6 +30,7 @@ from .adapter import (
     StoreError,
     UploadTooLarge,
 )
+from .base_vectors import BaseVectors
 from .blob_folder import BlobFolder
 from .blobs import file_digest, write_blob
 from .catalogue import AdapterVersion, Catalogue
@@ -79,12 +80,15 @@ class VerifyReport:
 class AdapterStore:
     """All adapters of one base; use `AdapterStore.open`."""
 
-    def __init__(self, root: Path, catalogue: Catalogue, *, max_rank: int, max_upload_bytes: int) -> None:
+    def __init__(
+        self, root: Path, catalogue: Catalogue, *, base_directory: Path | None, max_rank: int, max_upload_bytes: int
+    ) -> None:
         self.root = root
         self.max_rank = max_rank
         self.max_upload_bytes = max_upload_bytes
         self.layout = catalogue.layout
         self.base_name = catalogue.base_name
+        self._base = BaseVectors(base_directory, bool(self.layout.is_tied)) if base_directory else None
         self._catalogue = catalogue
         self._lock = root / "lock"
         self._blobs = BlobFolder(root / "blobs", ".safetensors")
@@ -99,12 +103,15 @@ class AdapterStore:
         *,
         base_name: str | None = None,
         base_tokenizer: TokenizerForm | None = None,
+        base_directory: Path | None = None,
         max_rank: int = DEFAULT_MAX_RANK,
         max_upload_bytes: int = DEFAULT_MAX_UPLOAD_BYTES,
     ) -> "AdapterStore":
         """Open the store at `root`; given a base's layout and name, create it if it is not there.
 
         The base's tokenizer is remembered, for adapters that bring one are compared with it.
+        With `base_directory`, where the base's checkpoint lies, embeddings and heads that were saved whole are kept as
+        far as they differ from it.
 
         Raises:
             StoreError: it is damaged or for another base, or it is not there and no base was given.
@@ -118,7 +125,9 @@ class AdapterStore:
         (root / "lock").touch()
         with exclusive(root / "lock"):
             catalogue = Catalogue.open(catalogue_path, layout, base_name)
-        store = cls(root, catalogue, max_rank=max_rank, max_upload_bytes=max_upload_bytes)
+        store = cls(
+            root, catalogue, base_directory=base_directory, max_rank=max_rank, max_upload_bytes=max_upload_bytes
+        )
         if base_tokenizer is not None:
             store._remember_base_tokenizer(base_tokenizer)
         return store
@@ -163,7 +172,7 @@ class AdapterStore:
             source_sha256 = source_sha256 or file_digest(directory / WEIGHTS_FILE)
             if expected_sha256 is not None and expected_sha256.lower() != source_sha256:
                 raise DigestMismatch(f"What arrived has sha256 {source_sha256}, but {expected_sha256} was announced.")
-            adapter = parse(directory, self.layout, max_rank=self.max_rank)
+            adapter = parse(directory, self.layout, max_rank=self.max_rank, base=self._base)
             if accept is not None:
                 accept(adapter)
             tokenizer = self._read_own_tokenizer(directory)

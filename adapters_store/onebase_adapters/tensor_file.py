@@ -9,7 +9,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import ml_dtypes
 import numpy as np
@@ -48,6 +48,19 @@ def map_tensors(path: Path, dtypes: Mapping[str, np.dtype[np.generic]] = DTYPES)
     Raises:
         InvalidTensors: it is not safetensors, it is truncated, or a tensor is of none of these dtypes.
     """
+    data, start, header = _map(path)
+    metadata = header.pop("__metadata__", None) or {}
+    return TensorFile({name: _view(data, start, name, entry, dtypes) for name, entry in header.items()}, metadata)
+
+
+def map_tensor(path: Path, name: str) -> Array | None:
+    """One tensor of a file, None if it has none of that name; raises InvalidTensors as `map_tensors` does."""
+    data, start, header = _map(path)
+    return _view(data, start, name, header[name], DTYPES) if name in header else None
+
+
+def _map(path: Path) -> tuple[mmap.mmap, int, dict[str, Any]]:
+    """The file's bytes, where its tensors begin in them, and its header."""
     try:
         with safe_open(path, framework="np"):
             pass  # opening checks the header, and that the tensors fill the file without gap or overlap
@@ -57,9 +70,7 @@ def map_tensors(path: Path, dtypes: Mapping[str, np.dtype[np.generic]] = DTYPES)
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch warns of memory that cannot be written to
     (header_size,) = struct.unpack_from("<Q", data)
     start = 8 + header_size
-    header = json.loads(data[8:start])
-    metadata = header.pop("__metadata__", None) or {}
-    return TensorFile({name: _view(data, start, name, entry, dtypes) for name, entry in header.items()}, metadata)
+    return data, start, json.loads(data[8:start])
 
 
 def _view(

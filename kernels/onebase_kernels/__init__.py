@@ -11,7 +11,16 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 from onebase_kernels import reference
 from onebase_kernels.backends import BackendName, BackendUnavailable, best_backend, check_backend
-from onebase_kernels.batch import TABLE_COLUMNS, AttentionBatch, LoraBatch, Matrix, SamplingBatch, Segment, StepInputs
+from onebase_kernels.batch import (
+    TABLE_COLUMNS,
+    AttentionBatch,
+    LoraBatch,
+    Matrix,
+    ReplacedRows,
+    SamplingBatch,
+    Segment,
+    StepInputs,
+)
 from onebase_kernels.blockwise import BlockwiseWeight, NestedScales, quantize_fp4, quantize_nf4
 from onebase_kernels.int4 import Int4Weight, dequantize_int4, quantize_int4
 from onebase_kernels.int8 import Int8Weight, quantize_int8
@@ -30,6 +39,7 @@ __all__ = [
     "NestedScales",
     "PackedWeights",
     "QuantizedWeight",
+    "ReplacedRows",
     "SamplingBatch",
     "Segment",
     "StepInputs",
@@ -59,6 +69,7 @@ __all__ = [
     "quantize_nf4",
     "quantized_linear",
     "record",
+    "replace_rows_",
     "rms_norm",
     "set_num_threads",
     "silu_mul",
@@ -102,6 +113,7 @@ allocate = _dispatched(reference.allocate)
 allocate_kv = _dispatched(reference.allocate_kv)
 record = _dispatched(reference.record)
 embed = _dispatched(reference.embed)
+replace_rows_ = _dispatched(reference.replace_rows_)
 quantized_linear = _dispatched(reference.quantized_linear)
 dense_linear = _dispatched(reference.dense_linear)
 start_lora = _dispatched(reference.start_lora)
@@ -123,7 +135,8 @@ set_num_threads = _dispatched(reference.set_num_threads)
 
 OPS = (
     *(pack_quantized, unpack_quantized, pack_dense, allocate, allocate_kv, record, set_num_threads),
-    *(embed, quantized_linear, dense_linear, start_lora, add_lora_, copy_matrices_, write_kv_, paged_attention),
+    *(embed, replace_rows_, quantized_linear, dense_linear, start_lora, add_lora_, copy_matrices_),
+    *(write_kv_, paged_attention),
     *(rms_norm, add_rms_norm_, add_, layer_norm, apply_rope_, silu_mul, gelu_mul, softcap_),
     *(head_logits, choose_tokens),
 )

@@ -71,6 +71,20 @@ class AttentionBatch:
 
 
 @dataclass(frozen=True, eq=False)
+class ReplacedRows:
+    """Tokens of the step whose embeddings are not those of the base's table."""
+
+    rows: Tensor
+    """int64 [n]: where they stand in the step."""
+    vectors: Tensor
+    """[n, K], in the compute dtype: their embeddings."""
+
+    def to(self, device: torch.device) -> "ReplacedRows":
+        """The same on `device`."""
+        return ReplacedRows(self.rows.to(device), self.vectors.to(device))
+
+
+@dataclass(frozen=True, eq=False)
 class StepInputs:
     """All that a step computes from, besides what stays the same: weights, caches, adapters' numbers."""
 
@@ -80,6 +94,8 @@ class StepInputs:
     """int64 [T], of each token in its request."""
     attention: AttentionBatch
     lora: LoraBatch
+    replaced: ReplacedRows | None = None
+    """None where all embeddings are the table's."""
 
     def to(self, device: torch.device) -> "StepInputs":
         """The same with the step's own tensors on `device`; the adapters are where they are."""
@@ -87,7 +103,13 @@ class StepInputs:
             return self
         batch = self.attention
         moved = replace(batch, block_tables=batch.block_tables.to(device), slot_mapping=batch.slot_mapping.to(device))
-        return replace(self, token_ids=self.token_ids.to(device), positions=self.positions.to(device), attention=moved)
+        return replace(
+            self,
+            token_ids=self.token_ids.to(device),
+            positions=self.positions.to(device),
+            attention=moved,
+            replaced=self.replaced.to(device) if self.replaced else None,
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from onebase_kernels.batch import AttentionBatch, LoraBatch, Matrix, SamplingBatch, StepInputs
+from onebase_kernels.batch import AttentionBatch, LoraBatch, Matrix, ReplacedRows, SamplingBatch, StepInputs
 from onebase_kernels.quantized import (
     PackedWeights,
     QuantizedWeight,
@@ -60,6 +60,12 @@ def embed(token_ids: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
     """`scale · table[token]` for each token: token_ids int64 [T], table [V, K] → [T, K]."""
     rows = F.embedding(token_ids, table)
     return rows if scale == 1 else rows * scale
+
+
+def replace_rows_(x: Tensor, replaced: ReplacedRows | None) -> None:
+    """`x[rows] = vectors`, in place: x [T, K] and vectors [n, K] of one dtype, rows int64 [n]; None is no row."""
+    if replaced is not None:
+        x[replaced.rows] = replaced.vectors
 
 
 def quantized_linear(x: Tensor, packed: PackedWeights, bias: Tensor | None = None) -> Tensor:

@@ -73,6 +73,7 @@ def open_store(settings: Settings) -> Iterator[AdapterStore]:
         ModelConfig.from_directory(base).adapter_layout(),
         base_name=settings.served_name,
         base_tokenizer=read_base_tokenizer(base),
+        base_directory=base,
         max_rank=settings.max_lora_rank,
         max_upload_bytes=settings.max_upload_bytes,
     )

@@ -24,6 +24,8 @@ LAYOUT = BaseLayout(
         "down_proj": (32, 48),
     },
     num_kv_heads=2,
+    vocab_size=20,
+    is_tied=False,
 )
 
 PEFT_CONFIG = {

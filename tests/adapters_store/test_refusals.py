@@ -19,6 +19,8 @@ from onebase_adapters.adapter import (
 from onebase_adapters.peft_format import parse
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+EMBEDDING = "base_model.model.model.embed_tokens"
+HEAD = "base_model.model.lm_head"
 
 
 class Upload:
@@ -58,6 +60,13 @@ class Upload:
             f"{Q0}.vera_lambda_d": (4,),
         }
         self.tensors = {name: np.ones(shape, "f4") for name, shape in shapes.items() if name not in without}
+
+    def add(self, **shapes: tuple[int, ...]) -> None:
+        self.tensors |= {name: np.ones(shape, "f4") for name, shape in shapes.items()}
+
+    def adapt_head(self, **config) -> None:
+        self.set(target_modules=["q_proj", "v_proj", "lm_head"], **config)
+        self.add(**{f"{HEAD}.lora_A.weight": (4, 32), f"{HEAD}.lora_B.weight": (20, 4)})
 
     def write_config(self, text: str | bytes) -> None:
         data = text if isinstance(text, bytes) else text.encode()
@@ -133,8 +142,6 @@ CASES = {
     **{
         f"option {option}": ((lambda o, v: lambda u: u.set(**{o: v}))(option, value), UnsupportedAdapter, option)
         for option, value in {
-            "modules_to_save": ["lm_head"],
-            "trainable_token_indices": [1],
             "layer_replication": [[0, 2], [1, 3]],
             "use_bdlora": {"nblocks": 2},
             "arrow_config": {"top_k": 3},
@@ -239,10 +246,111 @@ CASES = {
     "nothing matches": (lambda u: u.rename("layers", "blocks"), InvalidTensors, r"blocks\.0.*no linear of this base"),
     "unknown module": (lambda u: u.rename("v_proj", "w_proj"), InvalidTensors, r"self_attn\.w_proj.*no linear"),
     "head": (lambda u: u.tensors.update({"base_model.model.lm_head.weight": np.ones(2)}), InvalidTensors, "float"),
-    "embedding": (
-        lambda u: u.tensors.update({"base_model.model.model.embed_tokens.lora_embedding_A": np.ones((4, 9), "f4")}),
+    # embedding and head
+    "embedding of another base": (
+        lambda u: u.add(**{f"{EMBEDDING}.lora_embedding_A": (4, 9), f"{EMBEDDING}.lora_embedding_B": (31, 4)}),
         InvalidTensors,
-        "embed_tokens",
+        "embed_tokens, but target_modules does not name it",
+    ),
+    "head that is not targeted": (
+        lambda u: (u.adapt_head(), u.set(target_modules="all-linear")),
+        InvalidTensors,
+        "lm_head, but target_modules does not name it",
+    ),
+    "head of another base": (
+        lambda u: (u.adapt_head(), u.add(**{f"{HEAD}.lora_A.weight": (4, 31)})),
+        InvalidTensors,
+        r"lm_head\.lora_A\.weight has shape \[4, 31\].*\[4, 32\]",
+    ),
+    "head's rank over the limit": (
+        lambda u: u.adapt_head(rank_pattern={"lm_head": 65}),
+        RankTooLarge,
+        "lm_head has rank 65",
+    ),
+    "dora on the head": (lambda u: u.adapt_head(use_dora=True), UnsupportedAdapter, "use_dora.*LoRA on lm_head"),
+    "lora_bias on the head": (lambda u: u.adapt_head(lora_bias=True), UnsupportedAdapter, "lora_bias.*on lm_head"),
+    "alora on the head": (
+        lambda u: u.adapt_head(alora_invocation_tokens=[7]),
+        UnsupportedAdapter,
+        "alora_invocation_tokens.*changes of embed_tokens or lm_head",
+    ),
+    "embedding in half without its other half": (
+        lambda u: (
+            u.set(target_modules=["embed_tokens", "q_proj", "v_proj"]),
+            u.add(**{f"{EMBEDDING}.lora_embedding_A": (4, 20)}),
+        ),
+        InvalidTensors,
+        "no lora_B for model.embed_tokens",
+    ),
+    "saved linear": (lambda u: u.set(modules_to_save=["q_proj"]), UnsupportedAdapter, "modules_to_save names q_proj"),
+    "saved names": (lambda u: u.set(modules_to_save="lm_head"), InvalidConfig, "modules_to_save should be a list"),
+    "saved, but not there": (
+        lambda u: u.set(modules_to_save=["lm_head"]),
+        InvalidTensors,
+        "modules_to_save names lm_head, but there is no lm_head.weight",
+    ),
+    "there, but not saved": (
+        lambda u: u.add(**{f"{HEAD}.modules_to_save.weight": (20, 32)}),
+        InvalidTensors,
+        "modules_to_save.weight, but modules_to_save does not name lm_head",
+    ),
+    "saved of another base": (
+        lambda u: (u.set(modules_to_save=["lm_head"]), u.add(**{f"{HEAD}.weight": (20, 31)})),
+        InvalidTensors,
+        r"lm_head\.weight has shape \[20, 31\].*\[20, 32\]",
+    ),
+    "token ids that are none": (lambda u: u.set(trainable_token_indices=[1, -1]), InvalidConfig, "different token ids"),
+    "token ids twice": (lambda u: u.set(trainable_token_indices=[1, 1]), InvalidConfig, "different token ids"),
+    "token ids of a linear": (
+        lambda u: u.set(trainable_token_indices={"q_proj": [1]}),
+        UnsupportedAdapter,
+        "trainable_token_indices names q_proj",
+    ),
+    "token ids without vectors": (
+        lambda u: u.set(trainable_token_indices=[1]),
+        InvalidTensors,
+        "names embed_tokens, but there is no trainable_tokens_delta for model.embed_tokens",
+    ),
+    "vectors without token ids": (
+        lambda u: u.add(**{f"{HEAD}.token_adapter.trainable_tokens_delta": (1, 32)}),
+        InvalidTensors,
+        "trainable_tokens_delta, but trainable_token_indices does not name lm_head",
+    ),
+    "more token ids than vectors": (
+        lambda u: (
+            u.set(trainable_token_indices=[1, 2]),
+            u.add(**{f"{EMBEDDING}.token_adapter.trainable_tokens_delta": (1, 32)}),
+        ),
+        InvalidTensors,
+        r"trainable_tokens_delta has shape \[1, 32\].*\[2, 32\]",
+    ),
+    "a new token without a vector": (
+        lambda u: (
+            u.set(trainable_token_indices=[21]),
+            u.add(**{f"{EMBEDDING}.token_adapter.trainable_tokens_delta": (1, 32)}),
+        ),
+        InvalidTensors,
+        "22 tokens, 2 more than the base, but 1 of them have a vector in embed_tokens; save.*save_embedding_layers",
+    ),
+    "new tokens in the head alone": (
+        lambda u: u.add(**{f"{HEAD}.weight": (22, 32)}),
+        InvalidTensors,
+        "22 tokens, 2 more than the base, but 0 of them have a vector in embed_tokens",
+    ),
+    "a vocabulary of two sizes": (
+        lambda u: u.add(**{f"{EMBEDDING}.weight": (22, 32), f"{HEAD}.weight": (23, 32)}),
+        InvalidTensors,
+        r"lm_head\.weight has shape \[23, 32\].*\[22, 32\]",
+    ),
+    "a vocabulary without tokens": (
+        lambda u: u.add(**{f"{EMBEDDING}.weight": (0, 32)}),
+        InvalidTensors,
+        "has 0 tokens; this server carries 1 to 65556",
+    ),
+    "a vocabulary beyond reason": (
+        lambda u: u.add(**{f"{EMBEDDING}.lora_embedding_A": (1, 65557)}),
+        InvalidTensors,
+        "has 65557 tokens; this server carries 1 to 65556",
     ),
     "vision tower": (lambda u: u.rename("model.layers", "vision_tower.layers"), InvalidTensors, "vision_tower"),
     "wrong block": (lambda u: u.rename("self_attn.q_proj", "mlp.q_proj"), InvalidTensors, r"mlp\.q_proj.*no linear"),

@@ -134,12 +134,15 @@ def kinds(
     store.close()
 
 
-def start_engine(base: Path, tmp_path_factory: pytest.TempPathFactory, backend: BackendName | None = None) -> Engine:
-    """An engine on the base in NF4 and fp32."""
+def start_engine(
+    base: Path, tmp_path_factory: pytest.TempPathFactory, backend: BackendName | None = None, **overrides: int
+) -> Engine:
+    """An engine on the base in NF4 and fp32; `overrides` are settings."""
     use_backend(backend or "auto")
     settings = EngineSettings.model_validate(
         {"base": str(base), "cache_dir": tmp_path_factory.getbasetemp() / "cache", "block_size": 4}
         | {"kv_cache_memory": "8MiB", "adapter_memory": "4MiB", "dtype": "float32", "device": "cpu"}
+        | overrides
     )
     return Engine(load_decoder(base, settings), settings)
 

@@ -42,6 +42,7 @@ class SmallModel:
     def forward(self, inputs: StepInputs) -> Tensor:
         rows = inputs.token_ids.shape[0]
         hidden = kernels.embed(inputs.token_ids, self.table, scale=0.75)
+        kernels.replace_rows_(hidden, inputs.replaced)
         normed = kernels.rms_norm(hidden, self.norm, 1e-5)
         for layer in range(LAYERS):
             started = kernels.start_lora(normed, inputs.lora, layer)

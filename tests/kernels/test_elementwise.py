@@ -7,7 +7,18 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
 import onebase_kernels as kernels
-from onebase_kernels import AttentionBatch
+from onebase_kernels import AttentionBatch, ReplacedRows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_are_replaced_become_the_vectors_and_no_others(backend: str, dtype: torch.dtype) -> None:
+    hidden, vectors = torch.randn(5, 40).to(dtype), torch.randn(2, 40).to(dtype)
+    expected = hidden.clone()
+    kernels.replace_rows_(hidden, None)
+    assert torch.equal(hidden, expected)
+    expected[3], expected[0] = vectors
+    kernels.replace_rows_(hidden, ReplacedRows(torch.tensor([3, 0]), vectors))
+    assert torch.equal(hidden, expected)
 
 
 @pytest.mark.parametrize("rows", [1, 1200])

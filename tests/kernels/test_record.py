@@ -1,11 +1,13 @@
 """Recorded steps: a small stack of ops, run anew and run as it was recorded."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 import onebase_kernels as kernels
-from onebase_kernels import Segment, StepInputs
+from onebase_kernels import ReplacedRows, Segment, StepInputs
 from onebase_kernels.cpu.execution import NotRecordable, Program
 from onebase_kernels.cpu.library import runnable_variants
 
@@ -13,11 +15,15 @@ from .small_model import HIDDEN, MAX_REQUESTS, QKV, SmallModel
 
 
 def steps(model: SmallModel) -> list[StepInputs]:
-    """A prompt of five tokens, its next token beside another prompt, which has an adapter, then a token of each."""
+    """A prompt of five tokens, its next token beside another prompt, which has an adapter, then a token of each.
+
+    The very last has an embedding of its own.
+    """
+    own = ReplacedRows(rows=torch.tensor([1]), vectors=torch.ones(1, HIDDEN))
     return [
         model.step([7, 8, 9, 1, 2], [5], [[3, 5]], query_lens=[5]),
         model.step([3, 40, 41, 42], [6, 3], [[3, 5], [1, 0]], [Segment(0, 1, 4)], query_lens=[1, 3]),
-        model.step([4, 5], [7, 4], [[3, 5], [1, 0]], [Segment(0, 1, 2)]),
+        replace(model.step([4, 5], [7, 4], [[3, 5], [1, 0]], [Segment(0, 1, 2)]), replaced=own),
     ]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from onebase_kernels import reference, sdpa_attention
-from onebase_kernels.batch import AttentionBatch, LoraBatch, Matrix, SamplingBatch, StepInputs
+from onebase_kernels.batch import AttentionBatch, LoraBatch, Matrix, ReplacedRows, SamplingBatch, StepInputs
 from onebase_kernels.cpu import calls, execution, memory
 from onebase_kernels.cpu.calls import DTYPES, Step
 from onebase_kernels.cpu.execution import empty, run
@@ -81,6 +81,16 @@ def embed(token_ids: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
     )
     run(call, Step(rows=token_ids.shape[0], token_ids=token_ids.data_ptr()))
     return y
+
+
+def replace_rows_(x: Tensor, replaced: ReplacedRows | None) -> None:
+    """As `reference.replace_rows_`."""
+    if not _are_plain(x) or (replaced and (replaced.vectors.dtype != x.dtype or not _are_plain(replaced.vectors))):
+        reference.replace_rows_(x, replaced)
+        return
+    step = Step()
+    execution.add_replaced(step, replaced)
+    run(calls.ReplaceRows(x=x.data_ptr(), row_bytes=x.stride(0) * x.element_size()), step)
 
 
 def quantized_linear(x: Tensor, packed: PackedWeights, bias: Tensor | None = None) -> Tensor:

@@ -34,6 +34,9 @@ class Step(ctypes.Structure):
         ("arena", Pointer),
         ("adapter_table", Pointer),
         ("slots", Int),
+        ("num_replaced", Int),
+        ("replaced_rows", Pointer),
+        ("replacements", Pointer),
     )
 
 
@@ -146,6 +149,13 @@ class Embed(ctypes.Structure):
     _fields_ = (("table", Pointer), ("y", Pointer), ("row_bytes", Int), ("scale", Float), ("dtype", Code))
 
 
+class ReplaceRows(ctypes.Structure):
+    """elementwise.cpp."""
+
+    op = "onebase_replace_rows"
+    _fields_ = (("x", Pointer), ("row_bytes", Int))
+
+
 class RmsNorm(ctypes.Structure):
     """elementwise.cpp; `delta` may be null."""
 
@@ -247,11 +257,24 @@ class ChooseTokens(ctypes.Structure):
     )
 
 
-Call = Nf4Linear | DenseLinear | AddLora | Attention | Embed | Add | RmsNorm | LayerNorm | Rope | SiluMul | WriteCache
+Call = (
+    Nf4Linear
+    | DenseLinear
+    | AddLora
+    | Attention
+    | Embed
+    | ReplaceRows
+    | Add
+    | RmsNorm
+    | LayerNorm
+    | Rope
+    | SiluMul
+    | WriteCache
+)
 """An op with its operands; `op` names the function that runs it."""
 
 CALLS = (
-    *(Nf4Linear, DenseLinear, AddLora, Attention, Embed, Add, RmsNorm, LayerNorm),
+    *(Nf4Linear, DenseLinear, AddLora, Attention, Embed, ReplaceRows, Add, RmsNorm, LayerNorm),
     *(Rope, SiluMul, GeluMul, WriteCache),
 )
 

@@ -131,6 +131,11 @@ struct Embed {
     int32_t dtype;
 };
 
+struct ReplaceRows {
+    char* x;  // [rows, row_bytes]
+    int64_t row_bytes;
+};
+
 struct Add {
     void* x;            // [rows, size]
     const void* delta;  // [rows, size]
@@ -211,6 +216,12 @@ ONEBASE_EXPORT void onebase_embed(const onebase::Embed* call, const onebase::Ste
             onebase::scale_row((const T*)from, (T*)to, call->row_bytes / int64_t(sizeof(T)), call->scale);
         });
     }
+}
+
+ONEBASE_EXPORT void onebase_replace_rows(const onebase::ReplaceRows* call, const onebase::Step* step) {
+    for (int64_t i = 0; i < step->num_replaced; i++)
+        std::memcpy(call->x + step->replaced_rows[i] * call->row_bytes, step->replacements + i * call->row_bytes,
+                    call->row_bytes);
 }
 
 ONEBASE_EXPORT void onebase_add(const onebase::Add* call, const onebase::Step* step) {

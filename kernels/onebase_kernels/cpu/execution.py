@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import onebase_kernels.cpu.memory as huge_pages
-from onebase_kernels.batch import TABLE_COLUMNS, AttentionBatch, LoraBatch, StepInputs
+from onebase_kernels.batch import TABLE_COLUMNS, AttentionBatch, LoraBatch, ReplacedRows, StepInputs
 from onebase_kernels.cpu.calls import Call, Op, Pointer, Step
 from onebase_kernels.cpu.library import load_library
 
@@ -105,6 +105,7 @@ def step_of(inputs: StepInputs) -> Step:
     step.token_ids = inputs.token_ids.data_ptr()
     step.positions = inputs.positions.data_ptr()
     add_segments(step, lora)
+    add_replaced(step, inputs.replaced)
     return step
 
 
@@ -133,6 +134,15 @@ def add_segments(step: Step, lora: LoraBatch) -> None:
     step.adapter_table = lora.table.data_ptr()
     step.slots = lora.table.shape[1]
     step.kept_segments = (segments, lora)
+
+
+def add_replaced(step: Step, replaced: ReplacedRows | None) -> None:
+    """The part of a step that says which embeddings are not the table's."""
+    if replaced is not None:
+        step.num_replaced = replaced.rows.shape[0]
+        step.replaced_rows = replaced.rows.data_ptr()
+        step.replacements = replaced.vectors.data_ptr()
+        step.kept_replaced = replaced
 
 
 def _int64s(values: Sequence[int]) -> "ctypes.Array[ctypes.c_int64]":

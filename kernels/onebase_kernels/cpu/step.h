@@ -28,6 +28,9 @@ struct Step {
     const void* arena;             // the numbers of all adapters
     const int64_t* adapter_table;  // [places, slots, 5]
     int64_t slots;
+    int64_t num_replaced;         // rows whose embeddings are not the table's
+    const int64_t* replaced_rows;  // [num_replaced]
+    const char* replacements;      // [num_replaced, …], in the compute dtype
 };
 
 }  // namespace onebase

@@ -201,6 +201,7 @@ class DecodeGraphs:
         return (
             len(step.attention.context_lens) == tokens <= self._buckets[-1]
             and step.attention.block_tables.shape[1] <= self._max_blocks
+            and step.replaced is None
             and (not lora.segments or (lora.max_rank is not None and lora.max_rank <= MAX_RANK))
         )
 

@@ -134,6 +134,7 @@ def _card(version: AdapterVersion) -> AdapterCard:
         bytes=version.nbytes,
         num_parameters=version.num_parameters,
         num_virtual_tokens=version.num_virtual_tokens,
+        vocab_size=version.vocab_size,
         own_tokenizer=list(version.tokenizer_parts),
         created=int(version.created_at.timestamp()),
         is_live=version.is_live,

@@ -76,12 +76,13 @@ def prepare(
         BadRequest, ContextTooLong, Overloaded, EngineUnavailable.
     """
     info, selection, tokenizer = context.engine_info, pinned.selection, pinned.tokenizer
-    if any(token_id >= info.vocab_size for token_id in request.stop_token_ids):
-        raise BadRequest(f"stop_token_ids must be below {info.vocab_size}, the vocabulary.", param="stop_token_ids")
+    vocab_size = (selection.adapter.vocab_size if selection.adapter else None) or info.vocab_size
+    if any(token_id >= vocab_size for token_id in request.stop_token_ids):
+        raise BadRequest(f"stop_token_ids must be below {vocab_size}, the vocabulary.", param="stop_token_ids")
     room = ContextRoom.behind(selection.adapter, info)
     checked = []
     for token_ids in prompts:
-        _check_token_ids(token_ids, info, param)
+        _check_token_ids(token_ids, vocab_size, param)
         fitted = _fit_max_tokens(len(token_ids), max_tokens, default_max_tokens, room, param)
         sampling = _sampling(request, tokenizer.eos_token_ids, fitted, logprobs, prompt_logprobs)
         checked.append(Prompt(token_ids, sampling))
@@ -126,13 +127,11 @@ class ContextRoom:
         return cls(info.max_model_len - adapter.num_virtual_tokens, description)
 
 
-def _check_token_ids(token_ids: Sequence[int], info: Ready, param: str) -> None:
+def _check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
     if not token_ids:
         raise BadRequest("The prompt is empty; it needs at least one token.", param=param)
-    if min(token_ids) < 0 or max(token_ids) >= info.vocab_size:
-        raise BadRequest(
-            f"Token ids must be from 0 to {info.vocab_size - 1}, the vocabulary of this model.", param=param
-        )
+    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+        raise BadRequest(f"Token ids must be from 0 to {vocab_size - 1}, the vocabulary of this model.", param=param)
 
 
 def _fit_max_tokens(length: int, wanted: int | None, default: int | None, room: ContextRoom, param: str) -> int:

@@ -190,6 +190,8 @@ class AdapterCard:
     num_parameters: int
     num_virtual_tokens: int
     """How many tokens of the context a prefix takes."""
+    vocab_size: int | None
+    """How many tokens the adapter has, if not as many as the base."""
     own_tokenizer: list[str]
     """What it brings of a tokenizer: `vocabulary`, `special_tokens`, `chat_template`; the rest is the base's."""
     created: int

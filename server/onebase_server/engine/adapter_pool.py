@@ -8,7 +8,7 @@ read on a thread, while steps go on. It knows adapters by digest only: names and
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,8 +19,10 @@ from onebase_server.engine.extents import Extents
 from onebase_server.engine.packing import PackedAdapter, pack_adapter
 from onebase_server.engine.request import AdapterRef
 from onebase_server.engine.scheduler import AdapterMemoryFull, AdapterUnusable
+from onebase_server.engine.vocabulary_packing import PackedVocabulary
 from onebase_server.model.config import ModelConfig
 from onebase_server.model.linear import LinearGroup
+from onebase_server.model.vocabulary import AdapterVocabulary
 
 MAX_RETIRED = 4096
 """Retired versions that are remembered, for requests that were admitted before and arrive after."""
@@ -35,7 +37,8 @@ class Resident:
     offset: int
     size: int
     table: torch.Tensor
-    """As in `PackedAdapter`."""
+    """As in `PackedAdapter`; so is the next."""
+    vocabulary: PackedVocabulary | None
     versions: frozenset[str]
     """Digests of what it was made of: its own, or those of a combination's parts."""
     num_users: int = 0
@@ -67,6 +70,8 @@ class AdapterPool:
             dtype=torch.int64,
             device=device,
         )
+        self.vocabularies: dict[int, AdapterVocabulary] = {}
+        """By slot, of the adapters that change the base's."""
         self.max_rank = 1
         """The most ranks that an adapter has had at one place so far, all slices of the group together."""
         self.alignment = math.gcd(16, *(size for group in config.projection_groups for size in group.sizes))
@@ -144,7 +149,7 @@ class AdapterPool:
 
     def _load(self, adapter: AdapterRef) -> PackedAdapter:
         packed = pack_adapter(read_adapter(adapter), self.config, self.dtype, self._base)
-        return PackedAdapter(packed.numbers.pin_memory(), packed.table) if self.arena.is_cuda else packed
+        return replace(packed, numbers=packed.numbers.pin_memory()) if self.arena.is_cuda else packed
 
     def _find_room(self, size: int) -> int:
         """An extent for `size` numbers, sending idle adapters away and closing gaps as far as needed."""
@@ -170,11 +175,18 @@ class AdapterPool:
         if not self._free_slots:
             self._grow_table()
         versions = frozenset(part.digest for part in adapter.parts)
-        size = packed.numbers.numel()
-        resident = Resident(adapter.digest, self._free_slots.pop(), offset, size, packed.table, versions)
+        resident = Resident(
+            digest=adapter.digest,
+            slot=self._free_slots.pop(),
+            offset=offset,
+            size=packed.numbers.numel(),
+            table=packed.table,
+            vocabulary=packed.vocabulary,
+            versions=versions,
+        )
         self.arena[offset : offset + resident.size].copy_(packed.numbers, non_blocking=True)
         self.bytes_touched = max(self.bytes_touched, (offset + resident.size) * self.dtype.itemsize)
-        self._write_table(resident)
+        self._point_to(resident)
         self._resident[adapter.digest] = resident
         self.max_rank = max(self.max_rank, packed.max_rank)
         self.num_attaches += 1
@@ -183,6 +195,7 @@ class AdapterPool:
     def _remove(self, resident: Resident) -> None:
         del self._resident[resident.digest]
         self._extents.release(resident.offset)
+        self.vocabularies.pop(resident.slot, None)
         self._free_slots.append(resident.slot)
 
     def _compact(self) -> None:
@@ -194,12 +207,16 @@ class AdapterPool:
                 numbers = self.arena[resident.offset : resident.offset + resident.size].clone()
                 self.arena[target : target + resident.size] = numbers
                 resident.offset = target
-                self._write_table(resident)
+                self._point_to(resident)
 
-    def _write_table(self, resident: Resident) -> None:
+    def _point_to(self, resident: Resident) -> None:
+        """Let the table, and the vocabulary if it has one, point to where the adapter lies."""
         table = resident.table.clone()
         table[..., 0] += resident.offset
         self.table[:, :, resident.slot] = table
+        if resident.vocabulary is not None:
+            numbers = self.arena[resident.offset : resident.offset + resident.size]
+            self.vocabularies[resident.slot] = resident.vocabulary.of(numbers)
 
     def _grow_table(self) -> None:
         slots = self.table.shape[2]

@@ -4,6 +4,7 @@ The one place where sequences (Python) meet tensors. It decides nothing: what to
 """
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Rows
 from functools import partial
 from itertools import accumulate
 
@@ -11,14 +12,15 @@ import torch
 from torch import Tensor
 
 import onebase_kernels as kernels
-from onebase_kernels import AttentionBatch, LoraBatch, Segment, StepInputs
+from onebase_kernels import AttentionBatch, LoraBatch, ReplacedRows, Segment, StepInputs
 from onebase_server.engine.adapter_pool import AdapterPool
 from onebase_server.engine.request import Logprob
 from onebase_server.engine.sampler import chosen_logprobs, sample
 from onebase_server.engine.scheduler import Batch, Sampled, ScheduledSequence
-from onebase_server.engine.sequence import NO_SLOT
+from onebase_server.engine.sequence import NO_SLOT, Sequence
 from onebase_server.model.decoder import Decoder
 from onebase_server.model.kv_cache import KvCache
+from onebase_server.model.vocabulary import AdaptedRows
 
 
 class Runner:
@@ -52,11 +54,14 @@ class Runner:
         """Compute the batch's tokens and choose the next one of each sequence whose known tokens are through."""
         if not batch:
             return []
+        token_ids = torch.tensor([t for e in batch.scheduled for t in e.sequence.tokens_at(e.start, e.stop)])
+        lora = self._lora(batch)
         inputs = StepInputs(
-            token_ids=torch.tensor([t for e in batch.scheduled for t in e.sequence.tokens_at(e.start, e.stop)]),
+            token_ids=token_ids,
             positions=torch.tensor([position for e in batch.scheduled for position in range(e.start, e.stop)]),
             attention=self._attention(batch),
-            lora=self._lora(batch),
+            lora=lora,
+            replaced=self._replace_embeddings(token_ids, lora.segments),
         )
         return self._collect(batch, self._forward(inputs))
 
@@ -106,6 +111,31 @@ class Runner:
         pool = self.adapter_pool
         return LoraBatch(pool.arena, pool.table.flatten(0, 1), tuple(segments), pool.max_rank, pool.alignment)
 
+    def _replace_embeddings(self, token_ids: Tensor, segments: Iterable[Segment]) -> ReplacedRows | None:
+        """What adapters have in place of the base's embeddings; tokens that the base has not become its first one."""
+        vocabularies = self.adapter_pool.vocabularies
+        if not vocabularies:
+            return None
+        replaced: list[ReplacedRows] = []
+        for slot, start, stop in segments:
+            if slot in vocabularies:
+                own = self.decoder.embeddings_of(vocabularies[slot], token_ids[start:stop])
+                if own is not None:
+                    replaced.append(ReplacedRows(start + own.rows, own.vectors))
+        if not replaced:
+            return None
+        token_ids.masked_fill_(token_ids >= self.decoder.config.vocab_size, 0)
+        return ReplacedRows(torch.cat([own.rows for own in replaced]), torch.cat([own.vectors for own in replaced]))
+
+    def _logits(self, hidden: Tensor, sequences: Rows[Sequence]) -> Tensor:
+        """Of hidden states [R, hidden], each of which is one sequence's."""
+        vocabularies = self.adapter_pool.vocabularies
+        rows: dict[int, list[int]] = {}
+        for row, sequence in enumerate(sequences) if vocabularies else ():
+            if sequence.slot in vocabularies:
+                rows.setdefault(sequence.slot, []).append(row)
+        return self.decoder.compute_logits(hidden, [AdaptedRows(of, vocabularies[slot]) for slot, of in rows.items()])
+
     def _collect(self, batch: Batch, hidden: Tensor) -> list[Sampled]:
         """Logits only where they are needed: each sampling sequence's last row, every row for prompt logprobs."""
         stops = list(accumulate(entry.num_tokens for entry in batch.scheduled))
@@ -117,7 +147,8 @@ class Runner:
         tokens: dict[int, int] = {}
         logprobs: dict[int, Logprob] = {}
         if sampling:
-            logits = self.decoder.compute_logits(hidden[torch.tensor([stops[i] - 1 for i in sampling])])
+            last_rows = hidden[torch.tensor([stops[i] - 1 for i in sampling])]
+            logits = self._logits(last_rows, [batch.scheduled[i].sequence for i in sampling])
             tokens, logprobs = self._sample(batch, sampling, logits)
         return [Sampled(tokens.get(i), logprobs.get(i), prompt_logprobs[i]) for i in range(len(batch.scheduled))]
 
@@ -141,5 +172,5 @@ class Runner:
         targets = sequence.tokens_at(entry.start + 1, min(entry.stop + 1, prompt_end))
         if not targets:
             return ()
-        logits = self.decoder.compute_logits(hidden[: len(targets)])
+        logits = self._logits(hidden[: len(targets)], [sequence] * len(targets))
         return tuple(chosen_logprobs(logits, targets, sequence.sampling.prompt_logprobs or 0))

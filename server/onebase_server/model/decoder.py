@@ -3,16 +3,19 @@
 It knows no requests, no scheduler and no files: `weights.py` fills it, `engine/runner.py` drives it.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 import onebase_kernels as kernels
-from onebase_kernels import StepInputs
+from onebase_kernels import ReplacedRows, StepInputs
 from onebase_server.model.config import ModelConfig
 from onebase_server.model.decoder_weights import DecoderWeights
 from onebase_server.model.kv_cache import KvCache
 from onebase_server.model.norm import add_and_normalize_, normalize, normalize_heads
 from onebase_server.model.rope import RotaryTable
+from onebase_server.model.vocabulary import AdaptedRows, AdapterVocabulary, adapt_logits, mask_missing_
 
 
 class Decoder:
@@ -65,6 +68,7 @@ class Decoder:
         scales, layers = self.config.scales, self.weights.layers
         if embedding is None:
             hidden = kernels.embed(inputs.token_ids, self.weights.embedding, scales.embedding)
+            kernels.replace_rows_(hidden, inputs.replaced)
         else:
             hidden = kernels.embed(inputs.token_ids, embedding, scales.virtual_embedding)
         normed = normalize(hidden, layers[0].norms.before_attention)
@@ -80,11 +84,24 @@ class Decoder:
         return normed
 
     @torch.inference_mode()
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """Logits fp32 [R, vocab] of hidden states [R, hidden]."""
+    def embeddings_of(self, vocabulary: AdapterVocabulary, token_ids: Tensor) -> ReplacedRows | None:
+        """Those of tokens [T], on the host, that are not the base's in an adapter's vocabulary."""
+        return vocabulary.embed(token_ids, self.weights.embedding, self.config.scales.embedding)
+
+    @torch.inference_mode()
+    def compute_logits(self, hidden: Tensor, adapted: Sequence[AdaptedRows] = ()) -> Tensor:
+        """Logits fp32 [R, vocab] of hidden states [R, hidden].
+
+        Where `adapted` has rows of a larger vocabulary the logits are as wide as the largest, and every row has -inf
+        for tokens that are not in its own.
+        """
         logits = kernels.head_logits(hidden, self.weights.head)
+        if adapted:
+            logits = adapt_logits(logits, hidden, adapted)
         if self.config.scales.logits_softcap is not None:
             kernels.softcap_(logits, self.config.scales.logits_softcap)
+        if adapted:
+            mask_missing_(logits, self.config.vocab_size, adapted)
         return logits
 
     def _attend(self, x: Tensor, index: int, inputs: StepInputs, kv_cache: KvCache) -> Tensor:
