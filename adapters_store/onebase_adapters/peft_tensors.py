@@ -128,9 +128,8 @@ def group_by_module(
             raise InvalidTensors(
                 f"Tensor {name} belongs to no linear of this base that adapters may touch; those are {layout}."
             )
-    """As in the base model: `model.layers.3.self_attn.q_proj`; with the parameter, `model.layers.3.mlp.gate.weight`,
-    where `target_parameters` names it."""
-    tensors: dict[str, tuple[str, Array]] = field(default_factory=dict, kw_only=True)
+        module = modules.setdefault((module.layer, module.expert, module.projections, module.num_stacked), module)
+        module.add(next(kind for kind in kinds if match[kind] is not None), name, tensor)
     return list(modules.values())
 
 

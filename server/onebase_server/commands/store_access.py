@@ -41,9 +41,7 @@ def open_store(root: Path, base: Path | None = None, base_name: str | None = Non
             layout = ModelConfig.from_directory(base).adapter_layout()
             tokenizer = read_base_tokenizer(base)
             base_name = base_name or base.resolve().name
-        store = AdapterStore.open(
-            root, layout, base_name=base_name, base_tokenizer=tokenizer, base_directory=base
-        )
+        store = AdapterStore.open(root, layout, base_name=base_name, base_tokenizer=tokenizer, base_directory=base)
         try:
             yield store
         finally:
