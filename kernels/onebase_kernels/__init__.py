@@ -136,9 +136,8 @@ set_num_threads = _dispatched(reference.set_num_threads)
 OPS = (
     *(pack_quantized, unpack_quantized, pack_dense, allocate, allocate_kv, record, set_num_threads),
     *(embed, replace_rows_, quantized_linear, dense_linear, start_lora, add_lora_, copy_matrices_),
-    *(write_kv_, paged_attention),
-    *(rms_norm, add_rms_norm_, add_, layer_norm, apply_rope_, silu_mul, gelu_mul, softcap_),
-    *(head_logits, choose_tokens),
+    *(write_kv_, paged_attention, rms_norm, add_rms_norm_, add_, layer_norm, apply_rope_),
+    *(silu_mul, gelu_mul, softcap_, head_logits, choose_tokens),
 )
 """Everything that a back end may compute."""
 
