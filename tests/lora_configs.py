@@ -1,11 +1,11 @@
-"""Any LoRA configuration that PEFT takes for a tiny model of two layers, as a hypothesis strategy."""
+"""Any LoRA configuration that PEFT takes for a tiny model of two layers, as a hypothesis strategy; and that model."""
 
 import copy
 from functools import cache
 from typing import Any
 
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -27,6 +27,7 @@ def _patterns(values: st.SearchStrategy[int]) -> st.SearchStrategy[dict[str, int
 
 
 _names = st.lists(st.sampled_from(MODULES), min_size=1, max_size=4, unique=True)
+_NOTHING_TO_ADAPT = ("No modules were targeted", "not found in the base model", "No layers types compatible")
 _extras: st.SearchStrategy[dict[str, bool]] = st.sampled_from([{}, {}, {"use_dora": True}, {"lora_bias": True}])
 
 
@@ -52,17 +53,18 @@ def lora_options(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @cache
-def _base() -> PreTrainedModel:
+def tiny_base() -> PreTrainedModel:
+    """A Qwen2 of two layers, whose q, k and v have biases."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     return Qwen2ForCausalLM(Qwen2Config(vocab_size=64, num_hidden_layers=2, **sizes))
 
 
-def adapted(options: dict[str, Any]) -> PeftModel | None:
-    """A tiny Qwen2, whose q, k and v have biases, with a new adapter; None where PEFT finds nothing to adapt."""
+def adapted(config: PeftConfig) -> PeftModel | None:
+    """A copy of `tiny_base` with a new adapter; None where PEFT finds nothing to adapt."""
     try:
-        model = get_peft_model(copy.deepcopy(_base()), LoraConfig(**options))
+        model = get_peft_model(copy.deepcopy(tiny_base()), config)
     except ValueError as error:
-        if "No modules were targeted" in str(error) or "not found in the base model" in str(error):
+        if any(reason in str(error) for reason in _NOTHING_TO_ADAPT):
             return None
         raise
     assert isinstance(model, PeftModel)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 
 from onebase_adapters.adapter import Adapter, BaseLayout, Epilogue, LowRankPair, ModuleKey
@@ -30,7 +30,7 @@ TWO_LAYERS = BaseLayout(num_layers=2, shapes=LAYOUT.shapes)
 @contextmanager
 def saved_by_peft(options: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[PeftModel, Path]]:
     """A model with an adapter of random numbers in that dtype, and the directory that it is saved in."""
-    model = adapted(options)
+    model = adapted(LoraConfig(**options))
     assume(model is not None)
     assert model is not None
     for parameter in model.parameters():
