@@ -71,8 +71,8 @@ def _refuse_mixtures(adapter: Adapter) -> None:
         if not is_carried:
             has = " and ".join(sorted(vectors)) or "nothing but an update"
             raise UnsupportedAdapter(
-                f"The adapter has {has} for {key}, and more elsewhere than any one kind of PEFT's adapters has beside "
-                "that, so it cannot be exported."
+                f"The adapter has {has} for {key}, which no kind of PEFT's adapters has together with the rest of it, "
+                "so it cannot be exported."
             )
 
 

@@ -12,14 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import QALoraLinearVariant
 from safetensors.torch import load_file, save_file
 from transformers import Phi3Config, Phi3ForCausalLM
 
+from onebase_adapters.peft_writer import write_peft
 from onebase_adapters.store import AdapterStore
 from onebase_kernels import BackendName, use_backend
+from onebase_server.engine.adapter_reading import read_adapter
 from onebase_server.engine.core import Engine
 from onebase_server.engine.request import AdapterRef
 from onebase_server.model.config import ModelConfig
@@ -176,6 +179,19 @@ def test_each_kind_says_alone_what_peft_says(
     for kind, adapter in kinds.items():
         submit(engine, kind, adapter)
         assert_like_oracle(run(engine)[kind], kind, oracle_of(kind), kinds_oracle)
+
+
+def test_a_combination_with_a_lora_bias_is_in_peft_the_one_adapter_that_is_written_of_it(
+    biased_base: Path, kinds: dict[str, AdapterRef], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    weights = {"lora_bias": 0.5, "vera": -2.0}
+    combination = AdapterRef.combination([replace(kinds[kind].parts[0], weight=w) for kind, w in weights.items()])
+    write_peft(read_adapter(combination), tmp_path / "sum", base_name="biased")
+    model = PeftModel.from_pretrained(load_nf4(biased_base), tmp_path / "sum", adapter_name="sum")
+    engine = start_engine(biased_base, tmp_path_factory)
+    submit(engine, "sum", combination)
+    submit(engine, "lora_bias", kinds["lora_bias"])
+    assert_like_oracle(run(engine)["sum"], "sum", "sum", Oracle({"sum": model.eval()}, tmp_path))
 
 
 def test_every_kind_changes_the_answer(kinds_oracle: Oracle) -> None:

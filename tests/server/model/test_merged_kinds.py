@@ -18,7 +18,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from onebase_adapters.adapter import Adapter, Epilogue, ModuleKey, UnsupportedAdapter, VirtualTokens
+from onebase_adapters.adapter import (
+    Adapter,
+    Epilogue,
+    ModuleKey,
+    TokenMatrix,
+    TokenRows,
+    UnsupportedAdapter,
+    VirtualTokens,
+    Vocabulary,
+)
 from onebase_adapters.peft_format import parse
 from onebase_server.model.config import ModelConfig
 from onebase_server.model.merged_checkpoint import ExportForm, all_together, export_merged
@@ -146,7 +155,9 @@ def test_what_is_no_change_of_weights_is_refused_by_name(make_model, tmp_path):
     make_model("llama")
     prefix = Adapter({}, prefix=VirtualTokens(np.ones((5, 64), np.float32)))
     alora = Adapter({}, {ModuleKey(0, "q_proj"): Epilogue(shift=np.ones(64, np.float32))}, invocation_tokens=(7,))
-    for adapter, reason in ((prefix, "virtual tokens"), (alora, "aLoRA")):
+    replaced = TokenRows(np.array([3]), np.ones((1, 64), np.float32))
+    vocabulary = Adapter({}, vocabulary=Vocabulary(embedding=TokenMatrix(rows=replaced)))
+    for adapter, reason in ((prefix, "virtual tokens"), (alora, "aLoRA"), (vocabulary, "changes embed_tokens")):
         with pytest.raises(UnsupportedAdapter, match=reason):
             export_merged(tmp_path / "model", adapter, tmp_path / "out", UNQUANTISED)
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
