@@ -165,15 +165,31 @@ class Vocabulary:
         return [*(part.vectors for part in rows if part), *matrices]
 
 
+@dataclass(frozen=True, slots=True)
+class NormVectors:
+    """What replaces a norm's own as a checkpoint has them, each [size]; None leaves it alone."""
+
+    weight: Array | None = None
+    bias: Array | None = None
+
+    @property
+    def vectors(self) -> dict[str, Array]:
+        """Those that there are, by name."""
+        named = (("weight", self.weight), ("bias", self.bias))
+        return {name: vector for name, vector in named if vector is not None}
+
+
 @dataclass(frozen=True)
 class Adapter:
     """A customer's difference from the base: for each linear that it touches a low-rank pair, an epilogue or both, and
-    what becomes of the vocabulary; or a prefix."""
+    what becomes of the vocabulary and of norms; or a prefix."""
 
     pairs: Mapping[ModuleKey, LowRankPair] = field(repr=False)
     epilogues: Mapping[ModuleKey, Epilogue] = field(default_factory=dict, repr=False)
     prefix: Prefix | None = field(default=None, repr=False)
     vocabulary: Vocabulary | None = field(default=None, repr=False)
+    norms: Mapping[str, NormVectors] = field(default_factory=dict, repr=False)
+    """By module: `norm`, the last one, `layers.3.input_layernorm`, `layers.3.self_attn.q_norm`."""
     invocation_tokens: tuple[int, ...] = ()
     """Of aLoRA (arXiv 2504.12397): from their last occurrence in a prompt on the adapter computes, before them the base
     alone, as it does for a prompt without them. Empty where the adapter computes everything."""
@@ -181,11 +197,15 @@ class Adapter:
     def __post_init__(self) -> None:
         object.__setattr__(self, "pairs", MappingProxyType(dict(sorted(self.pairs.items()))))
         object.__setattr__(self, "epilogues", MappingProxyType(dict(sorted(self.epilogues.items()))))
+        object.__setattr__(self, "norms", MappingProxyType(dict(sorted(self.norms.items()))))
 
     def require_exportable(self) -> None:
         """Raise UnsupportedAdapter for what no export writes."""
         if self.vocabulary:
             raise UnsupportedAdapter(f"The adapter changes {self.vocabulary}, so it can be served, but not exported.")
+        if self.norms:
+            module = next(iter(self.norms))
+            raise UnsupportedAdapter(f"The adapter replaces {module}, so it can be served, but not exported.")
 
     def require_mergeable(self) -> None:
         """Raise UnsupportedAdapter unless the adapter changes the base's linears alone, alike for every token."""
@@ -217,31 +237,37 @@ class Adapter:
 
     @cached_property
     def targets(self) -> tuple[str, ...]:
-        """The projections touched in at least one layer, and the matrices outside of them; sorted."""
+        """The projections and norms touched in at least one layer, and what is outside of them; sorted."""
         outer = self.vocabulary.matrices if self.vocabulary else ()
-        return tuple(sorted({*(key.projection for key in (*self.pairs, *self.epilogues)), *outer}))
+        norms = (name.rpartition(".")[2] for name in self.norms)
+        return tuple(sorted({*(key.projection for key in (*self.pairs, *self.epilogues)), *outer, *norms}))
 
     @cached_property
     def nbytes(self) -> int:
         """Bytes of all numbers as stored."""
         prefix = self.prefix.rows.nbytes if self.prefix else 0
         vectors = [vector for epilogue in self.epilogues.values() for vector in epilogue.vectors.values()]
-        outer = self.vocabulary.arrays if self.vocabulary else []
         pairs = sum(pair.nbytes for pair in self.pairs.values())
-        return prefix + pairs + sum(array.nbytes for array in (*vectors, *outer))
+        return prefix + pairs + sum(array.nbytes for array in (*vectors, *self._beside_linears))
 
     @cached_property
     def num_parameters(self) -> int:
         """How many numbers it is on the device; times the compute dtype's size, this is what it costs there.
 
-        An epilogue becomes two vectors, whatever it has. What is outside of the layers is filled up to whole vectors of
-        the processor, for what lies behind it to begin at one.
+        An epilogue becomes two vectors, whatever it has. What is not of linears is filled up to whole vectors of the
+        processor, for what lies behind it to begin at one.
         """
         prefix = self.prefix.rows.size if self.prefix else 0
         epilogues = sum(2 * epilogue.num_outputs for epilogue in self.epilogues.values())
-        outer = sum(array.size for array in self.vocabulary.arrays) if self.vocabulary else 0
         pairs = sum(pair.lora_a.size + pair.lora_b.size for pair in self.pairs.values())
-        return prefix + epilogues + pairs + -(-outer // ALIGNMENT) * ALIGNMENT
+        others = sum(array.size for array in self._beside_linears)
+        return prefix + epilogues + pairs + -(-others // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def _beside_linears(self) -> list[Array]:
+        """The numbers of vocabulary and norms."""
+        vocabulary = self.vocabulary.arrays if self.vocabulary else []
+        return [*vocabulary, *(vector for norm in self.norms.values() for vector in norm.vectors.values())]
 
 
 ROUTER = "gate"
@@ -268,12 +294,16 @@ class BaseLayout:
     """None without, and, which is no difference, where a store's catalogue is from before adapters could touch them."""
     num_kv_heads: int | None = field(default=None, compare=False)
     """How many heads K and V have; None, which is no difference, where a store's catalogue is from before it was asked;
-    so are the next three."""
+    so are the next ones."""
     vocab_size: int | None = field(default=None, compare=False)
     is_tied: bool | None = field(default=None, compare=False)
     """Whether the head is the embedding."""
     is_fused: bool | None = field(default=None, compare=False)
     """Whether the base's checkpoint has the projections of `fused` in one linear, which is what PEFT then adapts."""
+    norms: Mapping[str, int] | None = field(default=None, compare=False)
+    """How many numbers each norm has, by its module in every layer, `input_layernorm` or `self_attn.q_norm`; and the
+    last one, `norm`."""
+    norms_have_bias: bool | None = field(default=None, compare=False)
     fused: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: MappingProxyType(
             {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

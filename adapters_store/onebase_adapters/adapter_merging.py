@@ -122,6 +122,8 @@ def require_lora(adapter: Adapter) -> None:
         raise InvalidMerge("An aLoRA computes behind its invocation tokens alone and cannot be merged; only LoRA can.")
     if adapter.vocabulary:
         raise InvalidMerge(f"What the adapter makes of {adapter.vocabulary} cannot be merged; only LoRA of layers can.")
+    if adapter.norms:
+        raise InvalidMerge(f"An adapter that replaces {next(iter(adapter.norms))} cannot be merged; only LoRA can.")
     for key, epilogue in adapter.epilogues.items():
         if others := sorted(epilogue.vectors.keys() - {"shift"}):
             raise InvalidMerge(

@@ -23,6 +23,7 @@ from .adapter import (
     InvalidTensors,
     LowRankPair,
     ModuleKey,
+    NormVectors,
     Prefix,
     PrefixKV,
     StoreError,
@@ -43,6 +44,8 @@ TENSOR_NAME = regex.compile(
 
 _MATRICES = ("embed_tokens", "lm_head")
 
+_NORMS = "norms"
+
 _PREFIX_NAMES: dict[type[Prefix], str] = {PrefixKV: "prefix_kv", VirtualTokens: "virtual_tokens"}
 
 
@@ -56,6 +59,8 @@ def write_blob(adapter: Adapter, path: Path) -> str:
         tensors |= {f"{key}.{name}": np.ascontiguousarray(vector) for name, vector in epilogue.vectors.items()}
     if adapter.prefix is not None:
         tensors[_PREFIX_NAMES[type(adapter.prefix)]] = np.ascontiguousarray(adapter.prefix.rows)
+    for module, norm in adapter.norms.items():
+        tensors |= {f"norms.{module}.{name}": np.ascontiguousarray(vector) for name, vector in norm.vectors.items()}
     scales = {str(key): pair.scale for key, pair in adapter.pairs.items()}
     description: dict[str, object] = {"format_version": FORMAT_VERSION, "scales": scales}
     if adapter.vocabulary is not None:
@@ -110,6 +115,7 @@ def _parse(file: TensorFile) -> Adapter:
             return Adapter({}, prefix=kind(file.tensors[name]))
     scales = dict(description["scales"])
     vocabulary = _vocabulary(description["vocabulary"], file) if "vocabulary" in description else None
+    norms = _norms(file)
     pairs: dict[ModuleKey, LowRankPair] = {}
     epilogues: dict[ModuleKey, Epilogue] = {}
     for key, parts in _parts_by_linear(file).items():
@@ -117,16 +123,16 @@ def _parse(file: TensorFile) -> Adapter:
             pairs[key] = _pair(key, parts.pop("lora_a"), parts.pop("lora_b"), float(scales.pop(str(key))))
         if parts:
             epilogues[key] = Epilogue(**parts)  # which takes no matrix that has no scale
-    if scales or not (pairs or epilogues or vocabulary):
+    if scales or not (pairs or epilogues or vocabulary or norms):
         raise ValueError("its tensors are not those that its metadata announces.")
     invocation_tokens = tuple(map(int, description.get("invocation_tokens", ())))
-    return Adapter(pairs, epilogues, vocabulary=vocabulary, invocation_tokens=invocation_tokens)
+    return Adapter(pairs, epilogues, vocabulary=vocabulary, norms=norms, invocation_tokens=invocation_tokens)
 
 
 def _parts_by_linear(file: TensorFile) -> dict[ModuleKey, dict[str, Array]]:
     parts: dict[ModuleKey, dict[str, Array]] = {}
     for name, tensor in file.tensors.items():
-        if name.partition(".")[0] in _MATRICES:
+        if name.partition(".")[0] in (*_MATRICES, _NORMS):
             continue
         match = TENSOR_NAME.fullmatch(name)
         if match is None:
@@ -134,6 +140,16 @@ def _parts_by_linear(file: TensorFile) -> dict[ModuleKey, dict[str, Array]]:
         key = ModuleKey(int(match["layer"]), match["projection"], int(match["expert"]) if match["expert"] else None)
         parts.setdefault(key, {})[match["part"]] = tensor
     return parts
+
+
+def _norms(file: TensorFile) -> dict[str, NormVectors]:
+    parts: dict[str, dict[str, Array]] = {}
+    for name, tensor in file.tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == _NORMS:
+            module, _, part = rest.rpartition(".")
+            parts.setdefault(module, {})[part] = tensor
+    return {module: NormVectors(**vectors) for module, vectors in parts.items()}
 
 
 def _vocabulary_tensors(vocabulary: Vocabulary) -> dict[str, Array]:

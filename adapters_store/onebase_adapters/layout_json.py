@@ -15,6 +15,8 @@ def describe_layout(layout: BaseLayout) -> dict[str, Any]:
         "vocab_size": layout.vocab_size,
         "is_tied": layout.is_tied,
         "is_fused": layout.is_fused,
+        "norms": None if layout.norms is None else dict(layout.norms),
+        "norms_have_bias": layout.norms_have_bias,
     }
     known: dict[str, Any] = {name: value for name, value in later.items() if value is not None}
     if layout.experts is not None:
@@ -33,6 +35,8 @@ def parse_layout(description: Mapping[str, Any]) -> BaseLayout:
         vocab_size=description.get("vocab_size"),
         is_tied=description.get("is_tied"),
         is_fused=description.get("is_fused"),
+        norms=description.get("norms"),
+        norms_have_bias=description.get("norms_have_bias"),
     )
 
 

@@ -37,6 +37,7 @@ from .peft_config import (
     positive_integer,
     refuse_options_beyond,
 )
+from .peft_norms import norm_modules, read_norms, split_norms
 from .peft_stacks import unstack
 from .peft_targets import TARGET_OPTIONS, ModuleNames, Targets
 from .peft_tensors import ADAPTER_NAME, ModuleTensors, NamedTensors, group_by_module
@@ -188,9 +189,13 @@ def read_lora(
     options = read_options(config)
     pairs: dict[ModuleKey, LowRankPair] = {}
     epilogues: dict[ModuleKey, Epilogue] = {}
+    options.vocabulary.require_carried(norm_modules(layout))
+    norm_tensors, tensors = split_norms(tensors, layout)
+    norms = read_norms(norm_tensors, options.vocabulary.modules_to_save, layout, trains_bias=options.trains_bias)
     outer, inner = split_vocabulary(tensors)
     vocabulary = _vocabulary(outer, options, layout, base, max_rank)
-    modules = group_by_module(inner, TENSORS, layout, options.target_parameters) if inner or not vocabulary else []
+    is_empty = not (inner or vocabulary or norms)
+    modules = group_by_module(inner, TENSORS, layout, options.target_parameters) if inner or is_empty else []
     for module in chain.from_iterable(map(unstack, modules)):
         if _is_targeted(module):
             if not module.is_parameter:
@@ -200,7 +205,7 @@ def read_lora(
                     raise InvalidTensors(f"{key} has two pairs of tensors, one of its own and one in a fused module.")
                 pairs[key] = pair
         epilogues |= _epilogues(module, options)
-    return Adapter(pairs, epilogues, vocabulary=vocabulary, invocation_tokens=options.invocation_tokens)
+    return Adapter(pairs, epilogues, vocabulary=vocabulary, norms=norms, invocation_tokens=options.invocation_tokens)
 
 
 def read_options(config: dict[str, Any]) -> LoraOptions:
@@ -325,7 +330,8 @@ def _vocabulary(
     if options.invocation_tokens:
         raise UnsupportedAdapter(
             f"{CONFIG_FILE} asks for alora_invocation_tokens, which this server does not combine with changes of "
-            "embed_tokens or lm_head (target_modules, modules_to_save, trainable_token_indices, resized vocabularies)."
+            "embed_tokens, lm_head or norms (target_modules, modules_to_save, trainable_token_indices, resized "
+            "vocabularies)."
         )
     size = vocabulary_size(found, options.vocabulary, layout)
     pairs: dict[str, LowRankPair] = {}

@@ -5,7 +5,7 @@ own, because the vocabulary was resized or because LoRA is on it. Where the base
 are one; a trained copy is by itself.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,11 +65,6 @@ class VocabularyOptions:
         names = config.get("modules_to_save") or []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise InvalidConfig(f"{CONFIG_FILE}: modules_to_save should be a list of names, not {names!r}.")
-        for name in names:
-            if _matrix_of(name) is None:
-                raise UnsupportedAdapter(
-                    f"{CONFIG_FILE}: modules_to_save names {name}; this server replaces {EMBEDDING} and {HEAD} alone."
-                )
         tokens = config.get("trainable_token_indices") or {}
         if isinstance(tokens, list):
             tokens = {EMBEDDING: tokens}
@@ -87,6 +82,15 @@ class VocabularyOptions:
     def is_any(self) -> bool:
         """Whether they say anything."""
         return bool(self.modules_to_save or self.trainable_tokens)
+
+    def require_carried(self, norms: Sequence[str]) -> None:
+        """Raise UnsupportedAdapter where `modules_to_save` names more than embedding, head and these norms."""
+        for name in self.modules_to_save:
+            if _matrix_of(name) is None and not any(norm.endswith(name) for norm in norms):
+                raise UnsupportedAdapter(
+                    f"{CONFIG_FILE}: modules_to_save names {name}; this server replaces {EMBEDDING}, {HEAD} and norms "
+                    "alone."
+                )
 
     def trains(self, matrix: str) -> bool:
         """Whether `modules_to_save` names a matrix, as PEFT matches it."""

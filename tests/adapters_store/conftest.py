@@ -25,6 +25,7 @@ LAYOUT = BaseLayout(
     },
     num_kv_heads=2,
     vocab_size=20,
+    norms={"input_layernorm": 32, "post_attention_layernorm": 32, "norm": 32},
     is_tied=False,
 )
 

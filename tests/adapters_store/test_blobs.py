@@ -9,6 +9,7 @@ from onebase_adapters.adapter import (
     Adapter,
     LowRankPair,
     ModuleKey,
+    NormVectors,
     StoreError,
     TokenMatrix,
     TokenRows,
@@ -52,6 +53,18 @@ def test_a_vocabulary_read_back_is_the_same_and_tied_rows_lie_in_the_file_once(t
     np.testing.assert_array_equal(read.vocabulary.head.rows.vectors, rows.vectors)
     np.testing.assert_array_equal(read.vocabulary.head.pair.lora_b, pair.lora_b)
     assert read.vocabulary.head.pair.scale == 0.7
+
+
+def test_norms_read_back_are_the_same(tmp_path):
+    weight, bias = np.arange(7, dtype=np.float16), np.ones(7, np.float32)
+    norms = {"norm": NormVectors(weight, bias), "layers.1.self_attn.q_norm": NormVectors(weight)}
+    write_blob(Adapter({}, norms=norms), tmp_path / "blob")
+    read = read_blob(tmp_path / "blob")
+    assert list(read.norms) == ["layers.1.self_attn.q_norm", "norm"]
+    assert (read.targets, read.num_parameters, read.nbytes) == (("norm", "q_norm"), 32, 2 * 14 + 28)
+    assert read.norms["layers.1.self_attn.q_norm"].bias is None
+    np.testing.assert_array_equal(read.norms["norm"].weight, weight)
+    np.testing.assert_array_equal(read.norms["norm"].bias, bias)
 
 
 def test_the_digest_is_that_of_the_file_and_depends_on_the_adapter_alone(adapter, tmp_path):

@@ -299,6 +299,37 @@ CASES = {
         InvalidTensors,
         r"lm_head\.weight has shape \[20, 31\].*\[20, 32\]",
     ),
+    "norm that is not saved": (
+        lambda u: u.add(**{"base_model.model.model.norm.weight": (32,)}),
+        InvalidTensors,
+        r"model\.norm\.weight, but modules_to_save does not name model\.norm",
+    ),
+    "norm of another base": (
+        lambda u: (u.set(modules_to_save=["norm"]), u.add(**{"base_model.model.model.norm.weight": (31,)})),
+        InvalidTensors,
+        r"norm\.weight has shape \[31\].*\[32\]",
+    ),
+    "bias of a norm without": (
+        lambda u: (u.set(bias="all"), u.add(**{"base_model.model.model.norm.bias": (32,)})),
+        InvalidTensors,
+        r"norm\.bias, but the norms of this base have no bias",
+    ),
+    "norm of a layer too high": (
+        lambda u: (
+            u.set(modules_to_save=["norm"]),
+            u.add(**{"base_model.model.model.layers.3.input_layernorm.weight": (32,)}),
+        ),
+        InvalidTensors,
+        r"layers\.3\.input_layernorm.*no linear of this base",
+    ),
+    "alora with a norm": (
+        lambda u: (
+            u.set(modules_to_save=["norm"], alora_invocation_tokens=[7]),
+            u.add(**{"base_model.model.model.norm.weight": (32,)}),
+        ),
+        UnsupportedAdapter,
+        "alora_invocation_tokens.*norms",
+    ),
     "token ids that are none": (lambda u: u.set(trainable_token_indices=[1, -1]), InvalidConfig, "different token ids"),
     "token ids twice": (lambda u: u.set(trainable_token_indices=[1, 1]), InvalidConfig, "different token ids"),
     "token ids of a linear": (

@@ -15,12 +15,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
-    Gemma2ForCausalLM,
     GraniteConfig,
-    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen3Config,
+    StableLmConfig,
 )
 
 from onebase_adapters.store import AdapterStore
@@ -58,6 +59,11 @@ KINDS: dict[str, dict[str, Any]] = {
         "modules_to_save": ["embed_tokens"],
         "ensure_weight_tying": True,
     },
+}
+NORMS = ["input_layernorm", "post_attention_layernorm", "model.norm"]
+KINDS |= {
+    "norms": {"target_modules": Q_PROJ, "modules_to_save": NORMS},
+    "last-norm": {"target_modules": "all-linear", "modules_to_save": ["model.norm", "lm_head"]},
 }
 RESIZED: dict[str, dict[str, Any]] = {
     "resized": {"target_modules": Q_PROJ},
@@ -143,17 +149,26 @@ def dense(top: tuple[tuple[int, float], ...], size: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("config", "model"),
-    [(Gemma2Config, Gemma2ForCausalLM), (GraniteConfig, GraniteForCausalLM)],
-    ids=["gemma2", "granite"],
+    ("config", "options"),
+    [
+        (Gemma2Config, {"head_dim": 32}),
+        (GraniteConfig, {"embedding_multiplier": 3.0, "logits_scaling": 2.0}),
+        (Qwen3Config, {"head_dim": 32}),
+        (StableLmConfig, {}),
+    ],
+    ids=["gemma2", "granite", "qwen3", "stablelm"],
 )
-def test_families_that_scale_embeddings_or_cap_logits_do_so_to_the_adapters_too(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, config: type[Any], model: type[Any]
+def test_what_a_family_does_to_embeddings_logits_and_norms_it_does_to_the_adapters_too(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, config: type[Any], options: dict[str, Any]
 ) -> None:
     torch.manual_seed(0)
-    scales = {"embedding_multiplier": 3.0, "logits_scaling": 2.0} if config is GraniteConfig else {"head_dim": 32}
-    model(config(**SMALL | scales, pad_token_id=0)).save_pretrained(tmp_path / "base")
-    kinds = {"both": (KINDS["both"], VOCAB), "resized-tokens": (RESIZED["resized-tokens"], VOCAB + ADDED)}
+    AutoModelForCausalLM.from_config(config(**SMALL | options, pad_token_id=0)).save_pretrained(tmp_path / "base")
+    kinds = {
+        "both": (KINDS["both"], VOCAB),
+        "resized-tokens": (RESIZED["resized-tokens"], VOCAB + ADDED),
+        "all-norms": ({"target_modules": Q_PROJ, "modules_to_save": ["norm"]}, VOCAB),
+        "all-biases": ({"target_modules": Q_PROJ, "bias": "all"}, VOCAB),
+    }
     models = {name: save_kind(tmp_path, name, options, size) for name, (options, size) in kinds.items()}
     layout = ModelConfig.from_directory(tmp_path / "base").adapter_layout()
     with closing(AdapterStore.open(tmp_path / "store", layout, base_name="scaled")) as store:

@@ -16,11 +16,13 @@ import onebase_kernels as kernels
 from onebase_server.engine.adapter_reading import read_adapter
 from onebase_server.engine.blob_loader import BlobLoader
 from onebase_server.engine.extents import Extents
+from onebase_server.engine.norm_packing import PackedNorms
 from onebase_server.engine.packing import PackedAdapter, pack_adapter
 from onebase_server.engine.request import AdapterRef
 from onebase_server.engine.scheduler import AdapterMemoryFull, AdapterUnusable
 from onebase_server.engine.vocabulary_packing import PackedVocabulary
 from onebase_server.model.config import ModelConfig
+from onebase_server.model.decoder_weights import DecoderNorms
 from onebase_server.model.linear import LinearGroup
 from onebase_server.model.vocabulary import AdapterVocabulary
 
@@ -37,8 +39,9 @@ class Resident:
     offset: int
     size: int
     table: torch.Tensor
-    """As in `PackedAdapter`; so is the next."""
+    """As in `PackedAdapter`; so are the next ones."""
     vocabulary: PackedVocabulary | None
+    norms: PackedNorms | None
     versions: frozenset[str]
     """Digests of what it was made of: its own, or those of a combination's parts."""
     num_users: int = 0
@@ -51,15 +54,18 @@ class AdapterPool:
         self,
         config: ModelConfig,
         base: Sequence[LinearGroup],
+        base_norms: DecoderNorms,
         budget_bytes: int,
         dtype: torch.dtype,
         device: torch.device,
         *,
         on_loaded: Callable[[], None] = lambda: None,
     ) -> None:
-        """`base` holds the base's groups by place, for adapters that are computed against its weights."""
+        """`base` holds the base's groups by place, for adapters that are computed against its weights; `base_norms` its
+        norms, for adapters that replace some."""
         self.config = config
         self._base = base
+        self._base_norms = base_norms
         self.dtype = dtype
         self.arena = kernels.allocate((budget_bytes // dtype.itemsize,), dtype, device)
         self.table = torch.zeros(
@@ -72,6 +78,8 @@ class AdapterPool:
         )
         self.vocabularies: dict[int, AdapterVocabulary] = {}
         """By slot, of the adapters that change the base's."""
+        self.norms: dict[int, DecoderNorms] = {}
+        """By slot, all norms under an adapter that replaces some."""
         self.max_rank = 1
         """The most ranks that an adapter has had at one place so far, all slices of the group together."""
         self.alignment = math.gcd(16, *(size for group in config.projection_groups for size in group.sizes))
@@ -182,6 +190,7 @@ class AdapterPool:
             size=packed.numbers.numel(),
             table=packed.table,
             vocabulary=packed.vocabulary,
+            norms=packed.norms,
             versions=versions,
         )
         self.arena[offset : offset + resident.size].copy_(packed.numbers, non_blocking=True)
@@ -196,6 +205,7 @@ class AdapterPool:
         del self._resident[resident.digest]
         self._extents.release(resident.offset)
         self.vocabularies.pop(resident.slot, None)
+        self.norms.pop(resident.slot, None)
         self._free_slots.append(resident.slot)
 
     def _compact(self) -> None:
@@ -210,13 +220,15 @@ class AdapterPool:
                 self._point_to(resident)
 
     def _point_to(self, resident: Resident) -> None:
-        """Let the table, and the vocabulary if it has one, point to where the adapter lies."""
+        """Let the table, vocabulary and norms point to where the adapter lies."""
         table = resident.table.clone()
         table[..., 0] += resident.offset
         self.table[:, :, resident.slot] = table
+        numbers = self.arena[resident.offset : resident.offset + resident.size]
         if resident.vocabulary is not None:
-            numbers = self.arena[resident.offset : resident.offset + resident.size]
             self.vocabularies[resident.slot] = resident.vocabulary.of(numbers)
+        if resident.norms is not None:
+            self.norms[resident.slot] = resident.norms.of(numbers, self._base_norms, self.config)
 
     def _grow_table(self) -> None:
         slots = self.table.shape[2]

@@ -59,6 +59,7 @@ class Engine:
         self.adapter_pool = AdapterPool(
             decoder.config,
             tuple(decoder.weights.groups),
+            decoder.norms,
             settings.adapter_memory,
             decoder.dtype,
             decoder.device,

@@ -13,6 +13,8 @@ import onebase_kernels as kernels
 from onebase_adapters.adapter import Adapter, LowRankPair, ModuleKey
 from onebase_kernels import TABLE_COLUMNS, Matrix
 from onebase_server.engine.epilogue import gain_and_shift
+from onebase_server.engine.matrix_layout import MatrixWriter
+from onebase_server.engine.norm_packing import PackedNorms, pack_norms
 from onebase_server.engine.vocabulary_packing import PackedVocabulary, pack_vocabulary
 from onebase_server.model.arrays import as_tensor
 from onebase_server.model.config import ModelConfig
@@ -32,6 +34,7 @@ class PackedAdapter:
     table: Tensor
     """int64 [layers, groups, 5]; offsets count from the start of `numbers`."""
     vocabulary: PackedVocabulary | None = None
+    norms: PackedNorms | None = None
 
     @property
     def max_rank(self) -> int:
@@ -43,7 +46,7 @@ def pack_adapter(
     adapter: Adapter, config: ModelConfig, dtype: torch.dtype, base: Sequence[LinearGroup]
 ) -> PackedAdapter:
     """Per layer and projection group: the slices' A stacked [Σrᵢ, in], then each slice's s·B transposed [rᵢ, outᵢ],
-    then gain and shift [2, outᵢ] of each slice that has an epilogue. Behind all of them lies the vocabulary.
+    then gain and shift [2, outᵢ] of each slice that has an epilogue. Behind all of them lie vocabulary and norms.
 
     `base` holds the base's groups by place, for what an epilogue needs of them.
     """
@@ -64,14 +67,16 @@ def pack_adapter(
             for source, scale, is_transposed in (*_matrices(pairs), *((both, 1.0, False) for both in vectors.values())):
                 matrices.append(Matrix(source, end, scale, is_transposed))
                 end += source.numel()
-    vocabulary = None
-    if adapter.vocabulary is not None:
-        vocabulary = pack_vocabulary(adapter.vocabulary, config.vocab_size, matrices, end)
+    vocabulary, norms = None, None
+    if adapter.vocabulary or adapter.norms:
+        writer = MatrixWriter(matrices, end)
+        vocabulary = pack_vocabulary(adapter.vocabulary, config.vocab_size, writer) if adapter.vocabulary else None
+        norms = pack_norms(adapter.norms, config, writer) if adapter.norms else None
         end = adapter.num_parameters
     assert end == adapter.num_parameters, "all that the adapter has belongs to one of the base's projections"
     numbers = torch.empty(end, dtype=dtype)
     kernels.copy_matrices_(numbers, matrices)
-    return PackedAdapter(numbers, torch.tensor(rows).view(config.num_layers, -1, TABLE_COLUMNS), vocabulary)
+    return PackedAdapter(numbers, torch.tensor(rows).view(config.num_layers, -1, TABLE_COLUMNS), vocabulary, norms)
 
 
 def _matrices(pairs: Sequence[LowRankPair | None]) -> Iterator[tuple[Tensor, float, bool]]:

@@ -19,7 +19,9 @@ from onebase_server.engine.sampler import chosen_logprobs, sample
 from onebase_server.engine.scheduler import Batch, Sampled, ScheduledSequence
 from onebase_server.engine.sequence import NO_SLOT, Sequence
 from onebase_server.model.decoder import Decoder
+from onebase_server.model.decoder_weights import DecoderNorms
 from onebase_server.model.kv_cache import KvCache
+from onebase_server.model.mixed_norms import AdaptedNorms, mix_norms
 from onebase_server.model.vocabulary import AdaptedRows
 
 
@@ -41,7 +43,7 @@ class Runner:
         self.adapter_pool = adapter_pool
         self.block_size = kv_cache.block_size
         largest = self._largest_step(max_num_tokens, min(max_num_seqs, max_num_tokens), max_model_len)
-        forward = partial(decoder.forward, kv_cache=kv_cache)
+        self._forward_op_by_op = forward = partial(decoder.forward, kv_cache=kv_cache)
         self._forward = kernels.record(forward, largest) if decoder.is_recordable else forward
 
     @property
@@ -63,7 +65,10 @@ class Runner:
             lora=lora,
             replaced=self._replace_embeddings(token_ids, lora.segments),
         )
-        return self._collect(batch, self._forward(inputs))
+        norms = self._norms(lora.segments)
+        if norms is None:
+            return self._collect(batch, self._forward(inputs))
+        return self._collect(batch, self._forward_op_by_op(inputs.to(self.decoder.device), norms=norms))
 
     def _largest_step(self, num_tokens: int, num_seqs: int, context_len: int) -> StepInputs:
         """What stands for all steps: the last sequence has all tokens that the others leave."""
@@ -126,6 +131,14 @@ class Runner:
             return None
         token_ids.masked_fill_(token_ids >= self.decoder.config.vocab_size, 0)
         return ReplacedRows(torch.cat([own.rows for own in replaced]), torch.cat([own.vectors for own in replaced]))
+
+    def _norms(self, segments: Iterable[Segment]) -> DecoderNorms | None:
+        """Those of the step, where adapters replace some; such a step is computed op by op."""
+        norms = self.adapter_pool.norms
+        if not norms:
+            return None
+        own = [AdaptedNorms(start, stop, norms[slot]) for slot, start, stop in segments if slot in norms]
+        return mix_norms(self.decoder.norms, own) if own else None
 
     def _logits(self, hidden: Tensor, sequences: Rows[Sequence]) -> Tensor:
         """Of hidden states [R, hidden], each of which is one sequence's."""

@@ -7,20 +7,9 @@ import torch
 from torch import Tensor
 
 from onebase_adapters import adapter as stored
-from onebase_kernels import Matrix
+from onebase_server.engine.matrix_layout import MatrixWriter, Part
 from onebase_server.model.arrays import as_tensor
 from onebase_server.model.vocabulary import AdapterVocabulary, Pair, TokenRows
-
-
-class Part(NamedTuple):
-    """A matrix among an adapter's numbers."""
-
-    start: int
-    shape: torch.Size
-
-    def of(self, numbers: Tensor) -> Tensor:
-        """The matrix itself."""
-        return numbers[self.start : self.start + self.shape.numel()].view(self.shape)
 
 
 class PackedRows(NamedTuple):
@@ -69,46 +58,30 @@ class PackedVocabulary:
         )
 
 
-def pack_vocabulary(
-    vocabulary: stored.Vocabulary, vocab_size: int, matrices: list[Matrix], start: int
-) -> PackedVocabulary:
-    """Add a vocabulary's vectors and pairs to `matrices`, from the number `start` on; `vocab_size` is the base's."""
-    writer = _Writer(matrices, start)
+def pack_vocabulary(vocabulary: stored.Vocabulary, vocab_size: int, writer: MatrixWriter) -> PackedVocabulary:
+    """Put a vocabulary's vectors and pairs behind each other; `vocab_size` is the base's."""
     embedding, head = vocabulary.embedding, vocabulary.head
-    embedding_rows = writer.put_rows(embedding.rows)
-    head_rows = embedding_rows if vocabulary.has_tied_rows else writer.put_rows(head.rows)
+    embedding_rows = _put_rows(embedding.rows, writer)
+    head_rows = embedding_rows if vocabulary.has_tied_rows else _put_rows(head.rows, writer)
     num_tokens = vocabulary.size or vocab_size
     samples_added = head.rows is not None and head.rows.tokens[-1] >= vocab_size
     return PackedVocabulary(
         embedding_rows=embedding_rows,
-        embedding_pair=writer.put_pair(embedding.pair, is_transposed=True),
+        embedding_pair=_put_pair(embedding.pair, writer, is_transposed=True),
         head_rows=head_rows,
-        head_pair=writer.put_pair(head.pair, is_transposed=False),
+        head_pair=_put_pair(head.pair, writer, is_transposed=False),
         num_tokens=num_tokens,
         num_sampled=num_tokens if samples_added else min(num_tokens, vocab_size),
     )
 
 
-class _Writer:
-    """Puts matrices behind each other."""
+def _put_rows(rows: stored.TokenRows | None, writer: MatrixWriter) -> PackedRows | None:
+    return None if rows is None else PackedRows(torch.from_numpy(rows.tokens), writer.put(as_tensor(rows.vectors)))
 
-    def __init__(self, matrices: list[Matrix], start: int) -> None:
-        self._matrices = matrices
-        self._end = start
 
-    def put_rows(self, rows: stored.TokenRows | None) -> PackedRows | None:
-        return None if rows is None else PackedRows(torch.from_numpy(rows.tokens), self._put(rows.vectors))
-
-    def put_pair(self, pair: stored.LowRankPair | None, *, is_transposed: bool) -> PackedPair | None:
-        """`is_transposed`: A lies by columns, of which the embedding takes one for each token."""
-        if pair is None:
-            return None
-        return PackedPair(self._put(pair.lora_a, is_transposed=is_transposed), self._put(pair.lora_b, scale=pair.scale))
-
-    def _put(self, array: stored.Array, *, scale: float = 1.0, is_transposed: bool = False) -> Part:
-        source = as_tensor(array)
-        shape = torch.Size(reversed(source.shape)) if is_transposed else source.shape
-        part = Part(self._end, shape)
-        self._matrices.append(Matrix(source, part.start, scale, is_transposed))
-        self._end += source.numel()
-        return part
+def _put_pair(pair: stored.LowRankPair | None, writer: MatrixWriter, *, is_transposed: bool) -> PackedPair | None:
+    """`is_transposed`: A lies by columns, of which the embedding takes one for each token."""
+    if pair is None:
+        return None
+    down = writer.put(as_tensor(pair.lora_a), is_transposed=is_transposed)
+    return PackedPair(down, writer.put(as_tensor(pair.lora_b), scale=pair.scale))

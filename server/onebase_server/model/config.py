@@ -197,7 +197,22 @@ class ModelConfig:
             vocab_size=self.vocab_size,
             is_tied=self.tie_word_embeddings,
             is_fused=self.is_fused,
+            norms={**self.layer_norms, "norm": self.hidden_size},
+            norms_have_bias=self.norms.kind == "layer",
         )
+
+    @property
+    def norm_places(self) -> tuple[str | None, ...]:
+        """A layer's norms by module, in the order of `decoder_weights.LayerNorms`; None where it has none."""
+        q_and_k = ("self_attn.q_norm", "self_attn.k_norm") if self.norms.heads else (None, None)
+        return (*self.norms.places, *q_and_k)
+
+    @property
+    def layer_norms(self) -> dict[str, int]:
+        """The norms of each layer, by module in it, and how many numbers each has."""
+        heads = (self.num_heads, self.num_kv_heads) if self.norms.heads == "together" else (1, 1)
+        sizes = (*[self.hidden_size] * len(self.norms.places), *(count * self.head_dim for count in heads))
+        return {norm: size for norm, size in zip(self.norm_places, sizes, strict=True) if norm is not None}
 
     @property
     def max_context(self) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 import onebase_kernels as kernels
 from onebase_kernels import ReplacedRows, StepInputs
 from onebase_server.model.config import ModelConfig
-from onebase_server.model.decoder_weights import DecoderWeights
+from onebase_server.model.decoder_weights import DecoderNorms, DecoderWeights, LayerNorms
 from onebase_server.model.kv_cache import KvCache
 from onebase_server.model.norm import add_and_normalize_, normalize, normalize_heads
 from onebase_server.model.rope import RotaryTable
@@ -27,6 +27,7 @@ class Decoder:
     def __init__(self, config: ModelConfig, weights: DecoderWeights, max_model_len: int) -> None:
         self.config = config
         self.weights = weights
+        self.norms = weights.norms
         self.max_model_len = max_model_len
         tables = {
             rope: RotaryTable.build(rope, config.head_dim, max_model_len, self.device)
@@ -57,29 +58,38 @@ class Decoder:
         return self.weights.report().total_bytes
 
     @torch.inference_mode()
-    def forward(self, inputs: StepInputs, kv_cache: KvCache, *, embedding: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        inputs: StepInputs,
+        kv_cache: KvCache,
+        *,
+        embedding: Tensor | None = None,
+        norms: DecoderNorms | None = None,
+    ) -> Tensor:
         """Hidden states [T, hidden] after the last norm, of the step's tokens [T]; their KV is written.
 
         Positions must be below `max_model_len`; tokens of a request must be consecutive. Nothing but ops computes here,
         so that a back end can record the whole (`onebase_kernels.record`).
 
         `embedding` [rows, hidden] is what token ids index instead of the vocabulary: vectors that are no token's.
+        `norms` are those of this step, where adapters replace the base's for some rows (`mix_norms`).
         """
-        scales, layers = self.config.scales, self.weights.layers
+        scales, layers, norms = self.config.scales, self.weights.layers, norms or self.norms
         if embedding is None:
             hidden = kernels.embed(inputs.token_ids, self.weights.embedding, scales.embedding)
             kernels.replace_rows_(hidden, inputs.replaced)
         else:
             hidden = kernels.embed(inputs.token_ids, embedding, scales.virtual_embedding)
-        normed = normalize(hidden, layers[0].norms.before_attention)
+        normed = normalize(hidden, norms.layers[0].before_attention)
         for index, layer in enumerate(layers):
-            attended = normalize(self._attend(normed, index, inputs, kv_cache), layer.norms.after_attention)
+            of_layer = norms.layers[index]
+            attended = normalize(self._attend(normed, index, inputs, kv_cache, of_layer), of_layer.after_attention)
             if self.config.is_parallel:
                 kernels.add_(hidden, attended, scales.residual)
             else:
-                normed = add_and_normalize_(hidden, attended, scales.residual, layer.norms.before_mlp)
-            projected = normalize(layer.mlp(normed, inputs.lora), layer.norms.after_mlp)
-            next_norm = layers[index + 1].norms.before_attention if index + 1 < len(layers) else self.weights.norm
+                normed = add_and_normalize_(hidden, attended, scales.residual, of_layer.before_mlp)
+            projected = normalize(layer.mlp(normed, inputs.lora), of_layer.after_mlp)
+            next_norm = norms.layers[index + 1].before_attention if index + 1 < len(layers) else norms.last
             normed = add_and_normalize_(hidden, projected, scales.residual, next_norm)
         return normed
 
@@ -104,13 +114,13 @@ class Decoder:
             mask_missing_(logits, self.config.vocab_size, adapted)
         return logits
 
-    def _attend(self, x: Tensor, index: int, inputs: StepInputs, kv_cache: KvCache) -> Tensor:
+    def _attend(self, x: Tensor, index: int, inputs: StepInputs, kv_cache: KvCache, norms: LayerNorms) -> Tensor:
         layer, config, attention = self.weights.layers[index], self.config, inputs.attention
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         scales, rotary = config.scales, self.rotaries[index]
         qkv = layer.qkv(x, inputs.lora).view(x.shape[0], heads + 2 * kv_heads, head_dim)
         q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
-        q, k = normalize_heads(q, layer.norms.q), normalize_heads(k, layer.norms.k)
+        q, k = normalize_heads(q, norms.q), normalize_heads(k, norms.k)
         if rotary is not None:
             kernels.apply_rope_(q, k, rotary.cos, rotary.sin, inputs.positions)
         k_cache, v_cache = kv_cache.keys[index], kv_cache.values[index]

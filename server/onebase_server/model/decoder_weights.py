@@ -25,6 +25,15 @@ class LayerNorms(NamedTuple):
 
 
 @dataclass(frozen=True)
+class DecoderNorms:
+    """All norms of a decoder."""
+
+    layers: tuple[LayerNorms, ...]
+    last: Norm
+    """Before the head."""
+
+
+@dataclass(frozen=True)
 class LayerWeights:
     """One layer of the base."""
 
@@ -67,6 +76,11 @@ class DecoderWeights:
     """The last one, before the head."""
     head: Tensor | PackedWeights
     """[vocab, hidden]; the embedding itself where the two are tied, unless it is quantised."""
+
+    @property
+    def norms(self) -> DecoderNorms:
+        """Those of all layers and the last one."""
+        return DecoderNorms(tuple(layer.norms for layer in self.layers), self.norm)
 
     @property
     def groups(self) -> Iterator[LinearGroup]:

@@ -36,8 +36,7 @@ def linear_name(config: ModelConfig, layer: int, linear: str, expert: int | None
 
 def norm_name(layer: int, norm: str) -> str:
     """A norm's module: `model.layers.0.input_layernorm`, `model.layers.0.self_attn.q_norm`."""
-    parent = "self_attn." if norm in ("q_norm", "k_norm") else ""
-    return f"model.layers.{layer}.{parent}{norm}"
+    return f"model.layers.{layer}.{norm}"
 
 
 def linear_shapes(config: ModelConfig, layer: int, *, quantizable: bool = True) -> dict[str, Shape]:
@@ -53,7 +52,7 @@ def linear_shapes(config: ModelConfig, layer: int, *, quantizable: bool = True) 
 def layer_shapes(config: ModelConfig, layer: int) -> dict[str, Shape]:
     """All tensors of a layer before quantisation."""
     shapes: dict[str, Shape] = {}
-    for norm, size in _norm_sizes(config).items():
+    for norm, size in config.layer_norms.items():
         shapes |= _norm_shapes(config, norm_name(layer, norm), size)
     for module, shape in (linear_shapes(config, layer) | linear_shapes(config, layer, quantizable=False)).items():
         shapes[f"{module}.weight"] = shape
@@ -80,17 +79,6 @@ def all_shapes(config: ModelConfig) -> dict[str, Shape]:
 def is_ignored(name: str, config: ModelConfig) -> bool:
     """Whether a tensor may be there although nothing needs it: a tied head's copy, rope tables of old checkpoints."""
     return name.endswith("rotary_emb.inv_freq") or (name == HEAD and config.tie_word_embeddings)
-
-
-def _norm_sizes(config: ModelConfig) -> dict[str, int]:
-    """The norms of each layer, and how many numbers each takes."""
-    sizes = {norm: config.hidden_size for norm in config.norms.places if norm is not None}
-    match config.norms.heads:
-        case "each":
-            sizes |= {"q_norm": config.head_dim, "k_norm": config.head_dim}
-        case "together":
-            sizes |= {"q_norm": config.num_heads * config.head_dim, "k_norm": config.num_kv_heads * config.head_dim}
-    return sizes
 
 
 def _norm_shapes(config: ModelConfig, module: str, size: int) -> dict[str, Shape]:

@@ -1,6 +1,7 @@
 """The norms of a base: their weights, and the ops that they are."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -36,7 +37,33 @@ class LayerNorm:
         return self.weight.nbytes + self.bias.nbytes
 
 
-Norm = RmsNorm | LayerNorm
+class OwnNorm(NamedTuple):
+    """What rows `start:stop` of a step have in place of the base's norm."""
+
+    start: int
+    stop: int
+    norm: RmsNorm | LayerNorm
+
+
+@dataclass(frozen=True)
+class MixedNorm:
+    """A norm of the base in a step in which adapters replace it for some rows."""
+
+    base: RmsNorm | LayerNorm
+    own: tuple[OwnNorm, ...]
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's; all are of one size."""
+        return self.base.weight
+
+    @property
+    def nbytes(self) -> int:
+        """Of the base's; the others are the adapters'."""
+        return self.base.nbytes
+
+
+Norm = RmsNorm | LayerNorm | MixedNorm
 
 
 def normalize(x: Tensor, norm: Norm | None) -> Tensor:
@@ -48,6 +75,11 @@ def normalize(x: Tensor, norm: Norm | None) -> Tensor:
             return kernels.rms_norm(x, norm.weight, norm.eps)
         case LayerNorm():
             return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)
+        case MixedNorm():
+            y = normalize(x, norm.base)
+            for start, stop, own in norm.own:
+                y[start:stop] = normalize(x[start:stop], own)
+            return y
 
 
 def normalize_heads(heads: Tensor, norm: Norm | None) -> Tensor:

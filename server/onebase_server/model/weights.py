@@ -150,8 +150,7 @@ class _Loader:
         return ExpertMlp(router, experts, config.per_token, config.is_normalized)
 
     def _norms(self, tensors: Mapping[str, Tensor], layer: int) -> LayerNorms:
-        q_and_k = ("q_norm", "k_norm") if self.config.norms.heads else (None, None)
-        places = (*self.config.norms.places, *q_and_k)
+        places = self.config.norm_places
         return LayerNorms(
             *(None if norm is None else self._norm(tensors, names.norm_name(layer, norm)) for norm in places)
         )

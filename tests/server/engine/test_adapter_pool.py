@@ -12,11 +12,17 @@ from onebase_server.engine.adapter_pool import AdapterPool
 from onebase_server.engine.request import AdapterRef
 from onebase_server.engine.scheduler import AdapterLoading, AdapterMemoryFull, AdapterUnusable
 from onebase_server.model.config import ModelConfig
+from onebase_server.model.decoder_weights import DecoderNorms
+from onebase_server.model.norm import RmsNorm
 
 from .conftest import BlobWriter
 
 Q_RANK_1 = 2 * (32 + 32)
 """Numbers of a rank-1 adapter on q_proj, in two layers."""
+
+
+NO_NORMS = DecoderNorms((), RmsNorm(torch.ones(32), 1e-5))
+"""No adapter here replaces any."""
 
 
 class Pool(AdapterPool):
@@ -25,7 +31,7 @@ class Pool(AdapterPool):
     def __init__(self, config: ModelConfig, numbers: int) -> None:
         self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         super().__init__(
-            config, (), 4 * numbers, torch.float32, torch.device("cpu"), on_loaded=lambda: self.bell.put(None)
+            config, (), NO_NORMS, 4 * numbers, torch.float32, torch.device("cpu"), on_loaded=lambda: self.bell.put(None)
         )
 
     def acquire_loaded(self, adapter: AdapterRef) -> int:
