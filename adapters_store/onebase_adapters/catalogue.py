@@ -105,7 +105,7 @@ class AdapterVersion:
     tokenizer_digest: str | None
     """sha256 of what it brought of a tokenizer, hexadecimal; None if it uses the base's."""
     tokenizer_parts: tuple[str, ...]
-    """What that is: `vocabulary`, `special_tokens`, `chat_template`."""
+    """What that is: `tokens`, `special_tokens`, `chat_template`."""
     is_live: bool
     """Whether it answered to the plain name when it was looked up."""
 

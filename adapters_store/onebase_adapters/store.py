@@ -175,7 +175,7 @@ class AdapterStore:
             adapter = parse(directory, self.layout, max_rank=self.max_rank, base=self._base)
             if accept is not None:
                 accept(adapter)
-            tokenizer = self._read_own_tokenizer(directory)
+            tokenizer = self._read_own_tokenizer(directory, adapter)
             blob = workspace / "blob"
             digest = write_blob(adapter, blob)
             with exclusive(self._lock):
@@ -325,7 +325,7 @@ class AdapterStore:
             files[version.tokenizer_digest] = (self._tokenizers, self._tokenizers.path(version.tokenizer_digest))
         return files
 
-    def _read_own_tokenizer(self, directory: Path) -> TokenizerForm | None:
+    def _read_own_tokenizer(self, directory: Path, adapter: Adapter) -> TokenizerForm | None:
         if not any((directory / name).is_file() for name in TOKENIZER_FILES):
             return None
         base = self.base_tokenizer
@@ -334,7 +334,7 @@ class AdapterStore:
                 "The adapter brings tokenizer files, which have to be compared with those of the base, and this store "
                 f"has not seen them yet: give the directory of {self.base_name}, or let a server open the store first."
             )
-        return read_own_tokenizer(directory, base)
+        return read_own_tokenizer(directory, adapter, self.layout, base)
 
     def _place_tokenizer(self, form: TokenizerForm, workspace: Path) -> None:
         """Put a form among the tokenizers; the caller holds the lock."""

@@ -10,14 +10,18 @@ from typing import Any
 
 from .adapter import InvalidTokenizer
 from .tokenizer_form import TokenizerForm
+from .tokenizer_json import TOKENIZER
 
 CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+ADDED_TOKENS = "added_tokens.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
 MAX_BYTES = {
+    TOKENIZER: 64 << 20,
     CONFIG: 8 << 20,  # it may describe each added token
     SPECIAL_TOKENS_MAP: 1 << 20,
+    ADDED_TOKENS: 4 << 20,
     CHAT_TEMPLATE: 256 << 10,
 }
 """The files that are read, and how large each may be: several times the largest of well-known models."""
@@ -34,10 +38,26 @@ def read_tokenizer_files(directory: Path) -> TokenizerForm:
         InvalidTokenizer: a file, which the text names, is too large or not what it should be.
     """
     config = _read_object(directory / CONFIG)
+    tokenizer = directory / TOKENIZER
     return TokenizerForm(
+        tokens=_read_text(tokenizer) if tokenizer.is_file() else None,
         special_tokens=_special_tokens(config, _read_object(directory / SPECIAL_TOKENS_MAP)),
         chat_template=_chat_template(directory / CHAT_TEMPLATE, config),
     )
+
+
+def read_declared_ids(directory: Path) -> dict[str, int]:
+    """The ids that other files than `tokenizer.json` give to added tokens.
+
+    Raises:
+        InvalidTokenizer: as `read_tokenizer_files`.
+    """
+    described = _read_object(directory / CONFIG).get("added_tokens_decoder") or {}
+    try:
+        ids = {_token_text(entry): int(token_id) for token_id, entry in described.items()}
+        return ids | {token: int(token_id) for token, token_id in _read_object(directory / ADDED_TOKENS).items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InvalidTokenizer(f"{CONFIG} or {ADDED_TOKENS} gives a token an id that is no number: {error}.") from error
 
 
 def write_tokenizer_files(form: TokenizerForm, directory: Path) -> None:
@@ -46,6 +66,8 @@ def write_tokenizer_files(form: TokenizerForm, directory: Path) -> None:
     other = {name: value for name, value in config.items() if name not in (*SPECIAL_TOKENS, "chat_template")}
     content = other | dict(form.special_tokens or {})
     (directory / CONFIG).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if form.tokens is not None:
+        (directory / TOKENIZER).write_text(form.tokens, encoding="utf-8")
     if form.chat_template is not None:
         (directory / CHAT_TEMPLATE).write_text(form.chat_template, encoding="utf-8")
 
@@ -57,12 +79,14 @@ def _special_tokens(config: Mapping[str, Any], legacy: Mapping[str, Any]) -> dic
 
 
 def _token_texts(source: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """A special token is written as its text, or as an object with its text in `content`."""
     for name in SPECIAL_TOKENS:
-        entry = source.get(name)
-        text = entry.get("content") if isinstance(entry, dict) else entry
-        if text is not None:
+        if (text := _token_text(source.get(name))) is not None:
             yield name, _checked_text(text, f"{CONFIG}: {name}")
+
+
+def _token_text(entry: Any) -> Any:
+    """A token is written as its text, or as an object with its text in `content`."""
+    return entry.get("content") if isinstance(entry, dict) else entry
 
 
 def _chat_template(file: Path, config: Mapping[str, Any]) -> str | None:

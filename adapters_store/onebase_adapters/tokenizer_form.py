@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .adapter import StoreError
 from .blobs import sync
+from .tokenizer_json import with_model_of
 
 FORMAT_VERSION = 1
 
@@ -20,8 +21,8 @@ FORMAT_VERSION = 1
 class TokenizerForm:
     """A tokenizer with its chat template. What an adapter's has not, None, is the base's."""
 
-    vocabulary: str | None = None
-    """`tokenizer.json`: added tokens, and how text is cut and joined; without `model`, the base's model."""
+    tokens: str | None = None
+    """`tokenizer.json`; an adapter's without its model where that is the base's."""
     special_tokens: Mapping[str, str] | None = None
     """`bos_token`, `eos_token` and others by these names, as text."""
     chat_template: str | None = None
@@ -31,7 +32,7 @@ class TokenizerForm:
     def parts(self) -> tuple[str, ...]:
         """Names of those that there are."""
         named = (
-            ("vocabulary", self.vocabulary),
+            ("tokens", self.tokens),
             ("special_tokens", self.special_tokens),
             ("chat_template", self.chat_template),
         )
@@ -39,8 +40,14 @@ class TokenizerForm:
 
     def over(self, base: "TokenizerForm") -> "TokenizerForm":
         """All of an adapter's tokenizer: this, and for what it has not the base's."""
-        parts = {name: getattr(base, name) for name in base.parts} | {name: getattr(self, name) for name in self.parts}
-        return TokenizerForm(**parts)
+        tokens = base.tokens
+        if self.tokens is not None and base.tokens is not None:
+            tokens = with_model_of(base.tokens, self.tokens)
+        return TokenizerForm(
+            tokens=tokens,
+            special_tokens=base.special_tokens if self.special_tokens is None else self.special_tokens,
+            chat_template=base.chat_template if self.chat_template is None else self.chat_template,
+        )
 
     def to_bytes(self) -> bytes:
         """The blob: the same for the same form."""

@@ -5,20 +5,76 @@ import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tokenizers
 
-from onebase_adapters.adapter import AdapterNotFound, BaseLayout, InvalidTokenizer, StoreError
+from onebase_adapters.adapter import (
+    Adapter,
+    AdapterNotFound,
+    BaseLayout,
+    InvalidTokenizer,
+    StoreError,
+    TokenMatrix,
+    TokenRows,
+    UnsupportedAdapter,
+    Vocabulary,
+)
 from onebase_adapters.archive import unpack
+from onebase_adapters.peft_tokenizer import read_own_tokenizer
 from onebase_adapters.store import AdapterStore
 from onebase_adapters.tokenizer_files import read_tokenizer_files, write_tokenizer_files
 from onebase_adapters.tokenizer_form import TokenizerForm
+from onebase_adapters.tokenizer_json import load_own_tokens, own_tokens, with_model_of
 
 TEMPLATE = "{% for message in messages %}{{ bos_token }}{{ message.content }}{% endfor %}"
 OTHER = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
 CONFIG = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE}
+
+
+def build_backend() -> tokenizers.Tokenizer:
+    vocabulary = {"<s>": 0, "</s>": 1, "<|end|>": 2, "a": 3, "b": 4, "ab": 5}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[("a", "b")]))
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.decoder = tokenizers.decoders.Fuse()
+    return backend
+
+
+BASE_TOKENIZER: dict[str, Any] = json.loads(build_backend().to_str())
+MODEL = BASE_TOKENIZER["model"]
+PADDING = {
+    "strategy": "BatchLongest",
+    "direction": "Right",
+    "pad_to_multiple_of": None,
+    "pad_id": 1,
+    "pad_type_id": 0,
+    "pad_token": "</s>",
+}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+TRUNCATION = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+
+
+def tokenizer_json(*added: str, first_id: int = 6, **fields: Any) -> dict[str, Any]:
+    """The base's `tokenizer.json` with these tokens added behind the six that it has, and other fields changed."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    tokens = [{"id": token_id, "content": token, **flags} for token_id, token in enumerate(added, first_id)]
+    return BASE_TOKENIZER | {"added_tokens": BASE_TOKENIZER["added_tokens"] + tokens} | fields
+
+
+def with_vocabulary(**tokens: int) -> dict[str, Any]:
+    """The base's model with other ids for some tokens."""
+    return {**MODEL, "vocab": {**MODEL["vocab"], **tokens}}
+
+
+OWN_TOKENS = json.dumps(
+    {name: value for name, value in tokenizer_json("<tool>").items() if name not in ("model", "padding", "truncation")},
+    sort_keys=True,
+)
+
 
 WriteFiles = Callable[..., Path]
 
@@ -38,9 +94,16 @@ def write_files(write_peft: Callable[..., Path]) -> WriteFiles:
 
 
 @pytest.fixture
+def layout(layout: BaseLayout) -> BaseLayout:
+    """Eight rows of embeddings, two more than the base has tokens."""
+    return replace(layout, vocab_size=8)
+
+
+@pytest.fixture
 def base_files(tmp_path: Path) -> Path:
     directory = tmp_path / "base"
     directory.mkdir()
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
     (directory / "tokenizer_config.json").write_text(json.dumps(CONFIG))
     return directory
 
@@ -70,8 +133,27 @@ class TestKept:
             {"tokenizer_config.json": {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}},
             {"chat_template.jinja": TEMPLATE + "\n", "tokenizer_config.json": {"chat_template": OTHER}},
             {"special_tokens_map.json": {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}},
+            {"tokenizer.json": tokenizer_json(), "added_tokens.json": {"<s>": 0}},
+            {"tokenizer.json": json.dumps(tokenizer_json(), indent=2)},
+            {"tokenizer.json": tokenizer_json(padding=PADDING, truncation=TRUNCATION)},
+            {"tokenizer.json": tokenizer_json(model={**MODEL, "merges": ["a b"], "dropout": None})},
+            {"tokenizer.json": tokenizer_json(post_processor=BYTE_LEVEL)},
+            {"tokenizer.json": tokenizer_json(post_processor={"type": "Sequence", "processors": [BYTE_LEVEL] * 2})},
         ],
-        ids=["nothing", "a copy", "other padding", "tokens as objects", "the template as a file", "the tokens alone"],
+        ids=[
+            "nothing",
+            "a copy",
+            "other padding",
+            "tokens as objects",
+            "the template as a file",
+            "the tokens alone",
+            "a copy of the tokens",
+            "written in another way",
+            "a trainer's padding and truncation",
+            "an older library's merges",
+            "a post-processor that adds nothing",
+            "several of them",
+        ],
     )
     def test_of_a_copy_of_the_bases_tokenizer_nothing_is_kept(self, store, write_files, files):
         version = store.publish("pirate", write_files(files))
@@ -103,8 +185,22 @@ class TestKept:
                 },
                 {"chat_template": OTHER},
             ),
+            ({"tokenizer.json": tokenizer_json("<tool>")}, {"tokens": OWN_TOKENS}),
+            (
+                {"tokenizer.json": tokenizer_json("<tool>", model=with_vocabulary(**{"<tool>": 6}))},
+                {"tokens": OWN_TOKENS},
+            ),
         ],
-        ids=["file", "field", "one of several", "special tokens", "an old file's tokens", "an old file unheard"],
+        ids=[
+            "file",
+            "field",
+            "one of several",
+            "special tokens",
+            "an old file's tokens",
+            "an old file unheard",
+            "tokens",
+            "tokens in the vocabulary too",
+        ],
     )
     def test_what_differs_from_the_base_is_kept_and_nothing_else(self, store, write_files, files, own):
         version = store.publish("pirate", write_files(files))
@@ -120,11 +216,14 @@ class TestKept:
             assert store.publish("pirate", directory).tokenizer_parts == ("chat_template",)
 
     def test_what_is_written_is_read_again_as_the_same(self, store, write_files, tmp_path):
-        version = store.publish("pirate", write_files({"chat_template.jinja": OTHER}))
+        files = {"chat_template.jinja": OTHER, "tokenizer.json": tokenizer_json("<tool>")}
+        version = store.publish("pirate", write_files(files))
         whole = store.read_tokenizer(version.tokenizer_digest).over(store.base_tokenizer)
-        write_tokenizer_files(whole, tmp_path)
-        assert read_tokenizer_files(tmp_path) == whole
-        again = store.publish("again", write_files({path.name: path.read_text() for path in tmp_path.glob("*.j*")}))
+        out = tmp_path / "out"
+        out.mkdir()
+        write_tokenizer_files(whole, out)
+        assert read_tokenizer_files(out) == whole
+        again = store.publish("again", write_files({path.name: path.read_text() for path in out.iterdir()}))
         assert again.tokenizer_digest == version.tokenizer_digest
 
 
@@ -222,10 +321,27 @@ class TestBase:
         ({"chat_template.jinja": "{% include 'x' %}{% for %}"}, "The chat template is not valid"),
         ({"chat_template.jinja": "{% for a in b %}" * 30 + "{% endfor %}" * 30}, "nested too deeply"),
         ({"chat_template.jinja": "{{ " + "(" * 20_000 + ")" * 20_000 + " }}"}, "The chat template is not valid"),
+        ({"tokenizer.json": "{}"}, "tokenizer.json is not what the tokenizers library writes"),
+        ({"tokenizer.json": tokenizer_json(decoder={"type": "Rune"})}, "tokenizer.json cannot be loaded"),
+        ({"tokenizer.json": tokenizer_json("<tool>", first_id=7)}, "the id 7, but whoever loads it gets 6"),
+        ({"tokenizer.json": tokenizer_json(model={**MODEL, "type": "Rune"})}, "tokenizer.json cannot be loaded"),
+        ({"tokenizer.json": tokenizer_json("<1>", "<2>", "<3>")}, "'<3>' the id 8, but there are embeddings for 8"),
+        ({"tokenizer.json": tokenizer_json(model=with_vocabulary(a=4, b=3))}, "the token 'a' has the id 4"),
+        ({"tokenizer.json": tokenizer_json(model={**MODEL, "vocab": {"a": 3}, "merges": []})}, "'<|end|>' has no id"),
+        ({"added_tokens.json": {"<tool>": 6}}, "'<tool>' the id 6, which it has not in the base's tokenizer.json"),
+        (
+            {
+                "tokenizer.json": tokenizer_json("<tool>"),
+                "tokenizer_config.json": {"added_tokens_decoder": {"7": {"content": "<tool>"}}},
+            },
+            "'<tool>' the id 7, which it has not in tokenizer.json",
+        ),
+        ({"tokenizer_config.json": {"added_tokens_decoder": {"x": "<tool>"}}}, "an id that is no number"),
+        ({"tokenizer_config.json": {"eos_token": "<nothing>"}}, "the eos_token '<nothing>' is not a token"),
     ],
 )
 def test_a_refusal_names_the_file_and_leaves_nothing_behind(store, write_files, files, message):
-    with pytest.raises(InvalidTokenizer) as caught:
+    with pytest.raises((InvalidTokenizer, UnsupportedAdapter)) as caught:
         store.publish("pirate", write_files(files))
     assert message in str(caught.value)
     assert not store.list_adapters()
@@ -239,3 +355,31 @@ def test_a_file_that_is_not_utf_8_is_refused(store, write_files):
     (directory / "chat_template.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(InvalidTokenizer, match=r"chat_template.jinja is not UTF-8"):
         store.publish("pirate", directory)
+
+
+class TestWholeEmbeddings:
+    """An adapter that has a vector of its own for each token may number them as it likes."""
+
+    @pytest.mark.parametrize(
+        "model",
+        [with_vocabulary(a=4, b=3), {**MODEL, "merges": []}],
+        ids=["other ids", "other merges"],
+    )
+    def test_a_model_of_its_own_is_kept_with_it(self, model):
+        brought, base = json.dumps(tokenizer_json(model=model)), json.dumps(BASE_TOKENIZER)
+        own = own_tokens(brought, base, has_whole_embedding=True)
+        loaded = load_own_tokens(own.to_text(), build_backend().model)
+        expected = tokenizers.Tokenizer.from_str(brought)
+        assert loaded.encode("abba").ids == expected.encode("abba").ids != build_backend().encode("abba").ids
+        assert json.loads(with_model_of(base, own.to_text()))["model"] == json.loads(own.to_text())["model"]
+
+    def test_only_rows_for_all_tokens_are_a_whole_embedding(self, store, write_files, layout):
+        directory = write_files({"tokenizer.json": tokenizer_json(model=with_vocabulary(a=4, b=3))})
+        for count in (7, 8):
+            rows = TokenRows(np.arange(count), np.zeros((count, 32), np.float32))
+            adapter = Adapter({}, vocabulary=Vocabulary(embedding=TokenMatrix(rows=rows)))
+            if count < 8:
+                with pytest.raises(UnsupportedAdapter, match="whole embedding"):
+                    read_own_tokenizer(directory, adapter, layout, store.base_tokenizer)
+            else:
+                assert read_own_tokenizer(directory, adapter, layout, store.base_tokenizer).parts == ("tokens",)

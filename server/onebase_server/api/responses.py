@@ -160,7 +160,7 @@ class ModelCard:
     root: str
     parent: str | None = None
     own_tokenizer: list[str] = field(default_factory=list)
-    """What an adapter brings of a tokenizer: `vocabulary`, `special_tokens`, `chat_template`."""
+    """What an adapter brings of a tokenizer: `tokens`, `special_tokens`, `chat_template`."""
     owned_by: str = "onebase"
     object: Literal["model"] = "model"
 
@@ -193,7 +193,7 @@ class AdapterCard:
     vocab_size: int | None
     """How many tokens the adapter has, if not as many as the base."""
     own_tokenizer: list[str]
-    """What it brings of a tokenizer: `vocabulary`, `special_tokens`, `chat_template`; the rest is the base's."""
+    """What it brings of a tokenizer: `tokens`, `special_tokens`, `chat_template`; the rest is the base's."""
     created: int
     is_live: bool
     object: Literal["adapter"] = "adapter"

@@ -17,6 +17,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from onebase_adapters.adapter import InvalidTokenizer
 from onebase_adapters.tokenizer_files import read_tokenizer_files
 from onebase_adapters.tokenizer_form import TokenizerForm
+from onebase_adapters.tokenizer_json import load_own_tokens
 from onebase_server.errors import BadRequest, ConfigurationError
 from onebase_server.model.chat_template import ChatTemplate
 
@@ -71,13 +72,16 @@ class Tokenizer:
     def with_own(self, own: TokenizerForm) -> "Tokenizer":
         """This tokenizer as an adapter has changed it; what ends an answer of the base ends one of the adapter too.
 
+        The model, nearly all of a tokenizer's memory, is shared, unless the adapter has one of its own.
+
         Raises:
-            ConfigurationError: The chat template is not valid Jinja.
+            ConfigurationError, InvalidTokenizer: The chat template is not valid, or the tokens are not.
         """
+        backend = self._backend if own.tokens is None else load_own_tokens(own.tokens, self._backend.model)
         special_tokens = self._special_tokens if own.special_tokens is None else own.special_tokens
         return Tokenizer(
-            self._backend,
-            eos_token_ids={*self.eos_token_ids, *_ids_of(self._backend, special_tokens.get("eos_token"))},
+            backend,
+            eos_token_ids={*self.eos_token_ids, *_ids_of(backend, special_tokens.get("eos_token"))},
             chat_template=self._chat_template if own.chat_template is None else ChatTemplate(own.chat_template),
             special_tokens=special_tokens,
         )

@@ -1,13 +1,19 @@
 """Adapters that bring a chat template or tokens of their own, published and asked over HTTP."""
 
 import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
 
-from onebase_server.api.tokenizers import Tokenizers
+from onebase_server.api.tokenizers import LEAST_BYTES, Tokenizers
+from onebase_server.settings import Settings
 
-from .conftest import BASE_NAME, CHAT_TEMPLATE, END, RunningServer, run_server, write_peft
+from .conftest import BASE_NAME, CHAT_TEMPLATE, END, ENGINE, LETTERS, RunningServer, run_server, write_peft
 
 OWN_TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{{ eos_token }}{% endfor %}"
 QUESTION = [{"role": "user", "content": "Hi"}]
@@ -35,7 +41,7 @@ def chat(server: RunningServer, model: str, status: int = 200, **fields: Any) ->
     return response.json()
 
 
-def complete(server: RunningServer, model: str, prompt: str, **fields: Any) -> dict[str, Any]:
+def complete(server: RunningServer, model: str, prompt: str | list[int], **fields: Any) -> dict[str, Any]:
     body = {"model": model, "prompt": prompt, "max_tokens": 6, "temperature": 0, "ignore_eos": True, **fields}
     response = server.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text
@@ -139,10 +145,95 @@ async def test_of_many_tokenizers_only_the_latest_used_are_kept_and_the_rest_rea
     for number in range(4):
         publish_files("own-j", {"chat_template.jinja": f"{number}: {{{{ messages[0].content }}}}"})
         digests.append(store.resolve("own-j").tokenizer_digest)
-    tokenizers = Tokenizers(base, store, max_kept=2)
+    tokenizers = Tokenizers(base, store, max_kept_bytes=2 * LEAST_BYTES)
     for number in (0, 1, 2, 3, 2, 0):
         tokenizer = await tokenizers.of(digests[number])
         assert tokenizer.render_chat(QUESTION) == f"{number}: Hi"
-        assert len(tokenizers) <= 2
+        assert tokenizers.kept_bytes <= 2 * LEAST_BYTES
     assert await tokenizers.of(digests[2]) is await tokenizers.of(digests[2])
     assert await tokenizers.of(None) is base
+    alone = Tokenizers(base, store, max_kept_bytes=0)  # what is asked for is there, however large
+    assert (await alone.of(digests[0])).render_chat(QUESTION) == "0: Hi"
+    await alone.of(digests[1])
+    assert alone.kept_bytes == LEAST_BYTES
+
+
+class TestAddedTokens:
+    """On a base with embeddings for more tokens than its tokenizer has, as many models are padded."""
+
+    @pytest.fixture(scope="class")
+    def padded_base(self, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        directory = tmp_path_factory.mktemp("padded") / BASE_NAME
+        model = LlamaForCausalLM.from_pretrained(tiny_base)
+        torch.manual_seed(1)
+        model.resize_token_embeddings(model.config.vocab_size + 2, mean_resizing=False)
+        model.save_pretrained(directory)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(tiny_base / name, directory)
+        return directory
+
+    @pytest.fixture(scope="class")
+    def padded_server(self, padded_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+        directory = tmp_path_factory.mktemp("padded-server")
+        paths = {"base": str(padded_base), "store": directory / "store", "cache_dir": directory / "cache"}
+        with run_server(Settings(**paths, **ENGINE)) as running:
+            yield running
+
+    @pytest.fixture(scope="class")
+    def transformers(self, padded_base: Path, padded_server: RunningServer, tmp_path_factory) -> Any:
+        """What Transformers makes of the files of the adapter `tools`, which is published."""
+        directory = write_peft(tmp_path_factory.mktemp("tools"), padded_server.context.store.layout, size=0.1)
+        tokenizer = AutoTokenizer.from_pretrained(padded_base)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+        tokenizer.add_tokens(["<tool>"])
+        tokenizer.chat_template = "<turn>{{ messages[0].content }}<tool>"
+        tokenizer.save_pretrained(directory)
+        card = padded_server.context.store.publish("tools", directory)
+        assert card.tokenizer_parts == ("tokens", "chat_template")
+        return AutoTokenizer.from_pretrained(directory)
+
+    def test_a_chat_is_rendered_and_encoded_as_transformers_does(self, padded_server, transformers):
+        answer = chat(padded_server, "tools")
+        ids = transformers.apply_chat_template(QUESTION, return_dict=False)
+        assert answer["usage"]["prompt_tokens"] == len(ids) == 4
+        assert texts(answer) == texts(complete(padded_server, "tools", ids))
+        assert texts(answer) == texts(complete(padded_server, "tools", "<turn>Hi<tool>"))
+
+    def test_added_tokens_are_answered_and_streamed_as_transformers_decodes_them(self, padded_server, transformers):
+        fields = {"max_tokens": 300, "temperature": 1.5, "seed": 3, "logprobs": 0}
+        answer = complete(padded_server, "tools", "Once", **fields)
+        tokens = answer["choices"][0]["logprobs"]["tokens"]
+        assert {"<turn>", "<tool>"} <= set(tokens)
+        ids = transformers.convert_tokens_to_ids(tokens)
+        assert texts(answer) == [transformers.decode(ids, skip_special_tokens=True)]
+        assert "<turn>" not in texts(answer)[0]
+        body = {"model": "tools", "prompt": "Once", "ignore_eos": True, "stream": True, **fields}
+        events = padded_server.post("/v1/completions", json=body).text.split("\n\n")
+        chunks = [json.loads(event.removeprefix("data: ")) for event in events if "{" in event]
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == texts(answer)[0]
+
+    def test_added_tokens_stop_an_answer_by_text_and_by_id(self, padded_server, transformers):
+        fields = {"max_tokens": 300, "temperature": 1.5, "seed": 3}
+        (whole,) = texts(complete(padded_server, "tools", "Once", **fields))
+        expected = whole[: whole.index("<tool>")]
+        assert texts(complete(padded_server, "tools", "Once", stop="<tool>", **fields)) == [expected]
+        tool = transformers.convert_tokens_to_ids("<tool>")
+        assert texts(complete(padded_server, "tools", "Once", stop_token_ids=[tool], **fields)) == [expected]
+
+    def test_an_echo_of_token_ids_shows_the_added_tokens(self, padded_server, transformers):
+        ids = transformers.encode("a<tool>b")
+        answer = complete(padded_server, "tools", ids, echo=True, max_tokens=0, logprobs=0)
+        assert texts(answer) == ["a<tool>b"]
+        assert answer["choices"][0]["logprobs"]["tokens"] == ["a", "<tool>", "b"]
+        assert answer["choices"][0]["logprobs"]["text_offset"] == [0, 1, 7]
+
+    def test_the_base_beside_it_knows_nothing_of_them(self, padded_server, transformers):
+        answers = [complete(padded_server, model, "a<tool>b", max_tokens=1) for model in ("tools", BASE_NAME)]
+        assert [answer["usage"]["prompt_tokens"] for answer in answers] == [3, 8]
+
+    def test_a_token_that_has_no_embedding_is_refused(self, server, publish_files, tiny_base):
+        content = json.loads((tiny_base / "tokenizer.json").read_text())
+        content["added_tokens"].append({**content["added_tokens"][0], "id": len(LETTERS) + 1, "content": "<tool>"})
+        error = publish_files("own-k", {"tokenizer.json": json.dumps(content)}, status=422)["error"]
+        assert error["code"] == "unsupported_adapter"
+        assert "'<tool>' the id 97, but there are embeddings for 97 tokens only" in error["message"]

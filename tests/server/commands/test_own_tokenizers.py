@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tokenizers
 
 TEMPLATE = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
 
@@ -11,6 +12,8 @@ TEMPLATE = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
 def chatty(onebase, base, adapter):
     """The adapter with a chat template of its own, published as pirate."""
     (base / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0}, unk_token="</s>"))
+    backend.save(str(base / "tokenizer.json"))
     (adapter / "chat_template.jinja").write_text(TEMPLATE)
     onebase("publish", "pirate", adapter, "--base", base)
     return adapter
@@ -26,8 +29,9 @@ def test_a_directory_with_a_template_can_be_published_without_naming_the_base_ag
 
 
 @pytest.mark.usefixtures("chatty")
-def test_an_export_has_the_template_and_the_bases_tokens(onebase, tmp_path):
+def test_an_export_has_the_template_and_the_bases_tokens(onebase, base, tmp_path):
     onebase("export", "pirate", tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == (base / "tokenizer.json").read_text()
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
 
