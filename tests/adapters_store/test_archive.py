@@ -62,7 +62,7 @@ def test_an_adapter_is_found_at_the_root_or_in_one_folder(write, folder, target,
 
 @every_kind
 def test_other_files_are_ignored(write, target, tmp_path):
-    others = {"README.md": b"#", "tokenizer.json": b"{}", "optimizer.pt": b"pickle", "checkpoint-5/" + CONFIG: b"old"}
+    others = {"README.md": b"#", "tokenizer.model": b"{}", "optimizer.pt": b"pickle", "checkpoint-5/" + CONFIG: b"old"}
     assert unpacked(write(tmp_path / "upload", {**others, **GOOD}), target) == GOOD
 
 
