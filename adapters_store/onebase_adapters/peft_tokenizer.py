@@ -30,7 +30,7 @@ def read_own_tokenizer(
         _check_template(chat_template)
     tokens = None
     if brought.tokens is not None:
-        tokens = own_tokens(brought.tokens, _base_file(base), has_whole_embedding=_has_whole_embedding(adapter, layout))
+        tokens = own_tokens(brought.tokens, _base_file(base), own_rows=_own_rows(adapter))
     if tokens is not None:
         _require_embeddings(tokens, adapter.vocab_size or layout.vocab_size)
     if tokens is not None or brought.tokens is None:
@@ -52,10 +52,10 @@ def _ids(tokens: TokenizerJson | None, base: TokenizerForm) -> Mapping[str, int]
     return (tokens or parse_tokenizer_json(_base_file(base))).token_ids
 
 
-def _has_whole_embedding(adapter: Adapter, layout: BaseLayout) -> bool:
+def _own_rows(adapter: Adapter) -> frozenset[int]:
+    """Ids of the tokens whose embedding is the adapter's."""
     rows = adapter.vocabulary.embedding.rows if adapter.vocabulary else None
-    size = adapter.vocab_size or layout.vocab_size
-    return rows is not None and size is not None and len(rows.tokens) >= size
+    return frozenset() if rows is None else frozenset(rows.tokens.tolist())
 
 
 def _require_embeddings(tokens: TokenizerJson, vocab_size: int | None) -> None:

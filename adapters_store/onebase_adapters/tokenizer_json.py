@@ -6,7 +6,7 @@ share.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -72,11 +72,11 @@ def parse_tokenizer_json(text: str) -> TokenizerJson:
     )
 
 
-def own_tokens(brought: str, base: str, *, has_whole_embedding: bool) -> TokenizerJson | None:
+def own_tokens(brought: str, base: str, *, own_rows: Collection[int]) -> TokenizerJson | None:
     """What an adapter's file has of its own, without the model if the base's does; None if all is the base's.
 
     Args:
-        has_whole_embedding: The adapter has a vector of its own for each token, so that ids may mean what they like.
+        own_rows: Ids for which the adapter has an embedding of its own, so that they may mean what they like.
 
     Raises:
         InvalidTokenizer: the tokenizers library does not load it, or numbers its tokens in another way.
@@ -87,8 +87,7 @@ def own_tokens(brought: str, base: str, *, has_whole_embedding: bool) -> Tokeniz
     own, of_base = parse_tokenizer_json(brought), parse_tokenizer_json(base)
     if own == of_base:
         return None
-    if not has_whole_embedding:
-        _require_ids_of(of_base, own)
+    _require_ids_of(of_base, own, own_rows)
     if _can_share_model(own, of_base):
         own = replace(own, model=None)
     same_vocabulary = WordLevel(of_base.vocabulary, unk_token="")  # what gives ids to added tokens, without the merges
@@ -117,15 +116,16 @@ def with_model_of(base: str, own: str) -> str:
     return json.dumps({"model": json.loads(base)["model"], **json.loads(own)}, ensure_ascii=False)
 
 
-def _require_ids_of(base: TokenizerJson, own: TokenizerJson) -> None:
-    """Refuse a file in which one of the base's ordinary tokens has another id, or none."""
+def _require_ids_of(base: TokenizerJson, own: TokenizerJson, own_rows: Collection[int]) -> None:
+    """Refuse a file in which an id means another token than in the base, while its embedding is the base's."""
     ids = own.token_ids
-    if differing := base.vocabulary.items() - base.added_ids.items() - ids.items():
+    changed = base.vocabulary.items() - base.added_ids.items() - ids.items()
+    if differing := [(token, token_id) for token, token_id in changed if token_id not in own_rows]:
         token, token_id = min(differing, key=lambda item: item[1])
         there = f"the id {ids[token]}" if token in ids else "no id"
         raise UnsupportedAdapter(
             f"{TOKENIZER} is not of this base: the token {token!r} has {there} in it, in the base {token_id}. An "
-            "adapter may add tokens to the base's; to change those it needs a whole embedding of its own."
+            "adapter may add tokens to the base's; to change those it needs embeddings of its own for them."
         )
 
 

@@ -357,8 +357,8 @@ def test_a_file_that_is_not_utf_8_is_refused(store, write_files):
         store.publish("pirate", directory)
 
 
-class TestWholeEmbeddings:
-    """An adapter that has a vector of its own for each token may number them as it likes."""
+class TestOwnEmbeddings:
+    """An id for which an adapter has an embedding of its own may mean what the adapter likes."""
 
     @pytest.mark.parametrize(
         "model",
@@ -367,19 +367,20 @@ class TestWholeEmbeddings:
     )
     def test_a_model_of_its_own_is_kept_with_it(self, model):
         brought, base = json.dumps(tokenizer_json(model=model)), json.dumps(BASE_TOKENIZER)
-        own = own_tokens(brought, base, has_whole_embedding=True)
+        own = own_tokens(brought, base, own_rows={3, 4})
         loaded = load_own_tokens(own.to_text(), build_backend().model)
         expected = tokenizers.Tokenizer.from_str(brought)
         assert loaded.encode("abba").ids == expected.encode("abba").ids != build_backend().encode("abba").ids
         assert json.loads(with_model_of(base, own.to_text()))["model"] == json.loads(own.to_text())["model"]
 
-    def test_only_rows_for_all_tokens_are_a_whole_embedding(self, store, write_files, layout):
+    def test_every_id_that_means_another_token_needs_an_embedding_of_its_own(self, store, write_files, layout):
         directory = write_files({"tokenizer.json": tokenizer_json(model=with_vocabulary(a=4, b=3))})
-        for count in (7, 8):
-            rows = TokenRows(np.arange(count), np.zeros((count, 32), np.float32))
+
+        def read(*token_ids: int) -> TokenizerForm | None:
+            rows = TokenRows(np.array(token_ids), np.zeros((len(token_ids), 32), np.float32))
             adapter = Adapter({}, vocabulary=Vocabulary(embedding=TokenMatrix(rows=rows)))
-            if count < 8:
-                with pytest.raises(UnsupportedAdapter, match="whole embedding"):
-                    read_own_tokenizer(directory, adapter, layout, store.base_tokenizer)
-            else:
-                assert read_own_tokenizer(directory, adapter, layout, store.base_tokenizer).parts == ("tokens",)
+            return read_own_tokenizer(directory, adapter, layout, store.base_tokenizer)
+
+        assert read(3, 4).parts == ("tokens",)
+        with pytest.raises(UnsupportedAdapter, match="the token 'b' has the id 3 in it, in the base 4"):
+            read(3, 5)

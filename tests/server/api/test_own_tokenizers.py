@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from onebase_server.api.tokenizers import LEAST_BYTES, Tokenizers
 from onebase_server.settings import Settings
@@ -156,6 +157,23 @@ async def test_of_many_tokenizers_only_the_latest_used_are_kept_and_the_rest_rea
     assert (await alone.of(digests[0])).render_chat(QUESTION) == "0: Hi"
     await alone.of(digests[1])
     assert alone.kept_bytes == LEAST_BYTES
+
+
+def test_tokens_with_embeddings_of_the_adapters_are_asked_and_answered_as_text(server, tiny_base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.add_tokens(["<one>", "<two>"])
+    model.resize_token_embeddings(len(tokenizer))
+    with torch.no_grad():  # the last one is by far the likeliest behind itself
+        hidden = model.model(input_ids=torch.tensor([[len(tokenizer) - 1]])).last_hidden_state[0, -1]
+        model.lm_head.weight[-1] = 9 * hidden * model.lm_head.weight.norm(dim=1).max() / hidden.norm()
+    get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    version = server.context.store.publish("own-l", tmp_path)
+    assert (version.vocab_size, version.tokenizer_parts) == (len(tokenizer), ("tokens",))
+    answer = complete(server, "own-l", "<two>", max_tokens=1)
+    assert texts(answer) == ["<two>"]
+    assert answer["usage"]["prompt_tokens"] == 1
 
 
 class TestAddedTokens:
