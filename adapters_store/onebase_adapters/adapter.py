@@ -208,8 +208,11 @@ class Adapter:
             raise UnsupportedAdapter(f"The adapter replaces {module}, so it can be served, but not exported.")
 
     def require_mergeable(self) -> None:
-        """Raise UnsupportedAdapter unless the adapter changes the base's linears alone, alike for every token."""
-        self.require_exportable()
+        """Raise UnsupportedAdapter unless the adapter changes the base's linears and norms alone, for every token."""
+        if self.vocabulary:
+            raise UnsupportedAdapter(
+                f"The adapter changes {self.vocabulary}, so it can be served, but not merged into the base's weights."
+            )
         if self.prefix is not None:
             raise UnsupportedAdapter("The adapter is virtual tokens, which cannot be merged into the base's weights.")
         if self.invocation_tokens:

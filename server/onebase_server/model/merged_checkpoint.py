@@ -22,6 +22,7 @@ from onebase_kernels.blockwise import NF4
 from onebase_server.errors import ConfigurationError
 from onebase_server.model import bnb_format, names, weight_formats
 from onebase_server.model.adapted_linear import adapted_bias, adapted_weight
+from onebase_server.model.arrays import float32
 from onebase_server.model.checkpoint import INDEX_FILE, Checkpoint
 from onebase_server.model.checkpoint_writer import Progress, write_checkpoint
 from onebase_server.model.config import ModelConfig
@@ -137,6 +138,11 @@ class _Merger:
         self._adapter = adapter
         self._form = form
         self._dtype: torch.dtype = getattr(torch, form.dtype)
+        self._norms = {
+            f"model.{module}.{part}": float32(vector)
+            for module, norm in adapter.norms.items()
+            for part, vector in norm.vectors.items()
+        }
         self._bias_options = _needed_bias_options(adapter, self.config)
         self._biases = self.config.biases.union(*(self.config.bias_options[option] for option in self._bias_options))
 
@@ -151,7 +157,7 @@ class _Merger:
 
     def shards(self) -> Iterator[dict[str, Tensor]]:
         """What is in no layer, then each layer."""
-        yield self._in_dtype(self._checkpoint.read(names.outer_shapes(self.config)))
+        yield self._unquantised(self._checkpoint.read(names.outer_shapes(self.config)))
         for layer in range(self.config.num_layers):
             yield self._layer(layer)
 
@@ -166,7 +172,7 @@ class _Merger:
         for module in names.linear_shapes(self.config, layer, quantizable=False):
             if any(part.changes_weight for part in parts_of[module]):
                 others[f"{module}.weight"] = _merged_weight(others[f"{module}.weight"].float(), parts_of[module])
-        written = self._in_dtype(others)
+        written = self._unquantised(others)
         for module in modules:
             weight = self._read_weight(f"{module}.weight")
             if any(part.changes_weight for part in parts_of.get(module, ())):
@@ -187,8 +193,9 @@ class _Merger:
                 ]
         return parts
 
-    def _in_dtype(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self._dtype) for name, tensor in tensors.items()}
+    def _unquantised(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As they are written, the adapter's norms in place of the base's."""
+        return {name: self._norms.get(name, tensor).to(self._dtype) for name, tensor in tensors.items()}
 
     def _read_weight(self, name: str) -> Tensor | QuantizedWeight:
         """A linear's weight as it is served."""

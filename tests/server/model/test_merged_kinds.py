@@ -51,6 +51,7 @@ KINDS: dict[str, Callable[[], PeftConfig]] = {
     "ia3": lambda: IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "ia3 on all": lambda: IA3Config(target_modules="all-linear", feedforward_modules=[]),
     "vera": lambda: VeraConfig(r=8, target_modules=["q_proj", "o_proj"]),
+    "norms": lambda: LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["input_layernorm", "model.norm"]),
 }
 FUSED_KINDS: dict[str, Callable[[], PeftConfig]] = {
     "dora": lambda: LoraConfig(r=4, use_dora=True, target_modules=["qkv_proj", "gate_up_proj"]),
