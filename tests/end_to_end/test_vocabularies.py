@@ -40,6 +40,7 @@ Q_PROJ = ["q_proj", "v_proj"]
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"target_modules": "all-linear"},
+    "dora": {"target_modules": Q_PROJ, "use_dora": True, "modules_to_save": ["lm_head"]},
     "head": {"target_modules": ["lm_head", *Q_PROJ], "rank_pattern": {"lm_head": 3}, "alpha_pattern": {"lm_head": 5}},
     "embedding": {"target_modules": ["embed_tokens", *Q_PROJ], "use_rslora": True},
     "embedding-alone": {"target_modules": ["embed_tokens"]},
