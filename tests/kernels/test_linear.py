@@ -1,13 +1,23 @@
-"""NF4 linear and the adapters' side path, against plain matrix products."""
+"""Quantised linears and the adapters' side path, against plain matrix products."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 import onebase_kernels as kernels
-from onebase_kernels import LoraBatch, Segment, dequantize, quantize_nf4
+from onebase_kernels import (
+    LoraBatch,
+    QuantizedWeight,
+    Segment,
+    dequantize,
+    quantize_fp4,
+    quantize_int4,
+    quantize_int8,
+    quantize_nf4,
+)
 
 Pairs = list[tuple[Tensor, Tensor] | None]
 
@@ -21,53 +31,75 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 15, 16, 33, 97, 200])
+QUANTISE: dict[str, Callable[[Tensor], QuantizedWeight]] = {
+    "nf4": lambda weight: quantize_nf4(weight, double_quant=False),
+    "nf4, double": quantize_nf4,
+    "fp4": lambda weight: quantize_fp4(weight, double_quant=False),
+    "fp4, double": quantize_fp4,
+    "int4 of 32": partial(quantize_int4, group_size=32),
+    "int4 of 64": partial(quantize_int4, group_size=64),
+    "int4 of 128": partial(quantize_int4, group_size=128),
+    "int8": quantize_int8,
+}
+
+
+def quantise(kind: str, widths: Sequence[int], in_features: int) -> list[QuantizedWeight]:
+    """Random weights that share their input, none centred on zero; skips where that makes no whole groups."""
+    if kind.startswith("int4") and in_features % int(kind.split()[-1]):
+        pytest.skip("no whole groups")
+    return [QUANTISE[kind](random(n, in_features, seed=n) * 0.02 + 0.005) for n in widths]
+
+
+@pytest.mark.parametrize("kind", QUANTISE)
 @pytest.mark.parametrize(
     ("widths", "in_features"),
-    [((64,), 64), ((96, 32, 32), 192), ((16, 48), 2112), ((40,), 128), ((33, 64), 160)],
-    ids=["one tile row", "a group", "nested scales that change within rows", "odd width", "odd widths and inputs"],
+    [((64,), 64), ((96, 32, 32), 192), ((16, 48), 2112), ((40,), 128), ((33, 64), 160), ((48,), 384)],
+    ids=["one tile row", "a group", "nested scales that change within rows", "odd width", "odd widths", "large groups"],
 )
-def test_nf4_linear_is_the_product_with_the_dequantised_weights(
-    backend: str, widths: tuple[int, ...], in_features: int, rows: int, double_quant: bool
+def test_quantized_linear_is_the_product_with_the_dequantised_weights(
+    backend: str, widths: tuple[int, ...], in_features: int, kind: str
 ) -> None:
-    weights = [quantize_nf4(random(n, in_features, seed=n) * 0.02, double_quant) for n in widths]
-    x = random(rows, in_features, seed=2)
-    expected = x @ torch.cat([dequantize(weight, torch.float32) for weight in weights]).T
+    weights = quantise(kind, widths, in_features)
+    dense = torch.cat([dequantize(weight, torch.float32) for weight in weights])
     packed = kernels.pack_quantized(weights)
-    assert relative_error(kernels.quantized_linear(x, packed), expected) < 1e-5
-    half = kernels.quantized_linear(x.bfloat16(), packed)
-    assert half.dtype == torch.bfloat16
-    assert relative_error(half, expected) < 1e-2
+    for rows in (1, 2, 3, 8, 15, 16, 33, 97, 200):
+        x = torch.cat([random(rows, in_features, seed=2), torch.full((16, in_features), torch.nan)])[:rows]
+        assert relative_error(kernels.quantized_linear(x, packed), x @ dense.T) < 1e-5, rows
+        half = kernels.quantized_linear(x.bfloat16(), packed)
+        assert half.dtype == torch.bfloat16
+        assert relative_error(half, x @ dense.T) < 1e-2, rows
 
 
-def test_packing_weights_changes_neither_their_number_nor_their_bytes(backend: str) -> None:
-    weight = quantize_nf4(random(2048, 2048) * 0.02)  # with 256 nested scales, as many as the map has values
+@pytest.mark.parametrize("kind", QUANTISE)
+def test_packing_weights_changes_neither_their_number_nor_their_bytes(backend: str, kind: str) -> None:
+    weight = QUANTISE[kind](random(2048, 2048) * 0.02)  # with 256 nested scales, as many as the map has values
     packed = kernels.pack_quantized([weight])
     assert packed.num_parameters == 2048 * 2048
     assert packed.nbytes == pytest.approx(weight.nbytes, rel=1e-4)  # some back ends pad
 
 
-@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("kind", QUANTISE)
 @pytest.mark.parametrize(
     ("widths", "in_features"),
     [((256, 64, 128), 256), ((96, 32, 32), 192), ((16, 48), 2112), ((33, 64), 160)],
     ids=["nested scales for whole tiles", "a group", "nested scales that change within rows", "odd shapes"],
 )
 def test_weights_come_out_of_a_packed_group_as_they_went_in(
-    backend: str, widths: tuple[int, ...], in_features: int, double_quant: bool
+    backend: str, widths: tuple[int, ...], in_features: int, kind: str
 ) -> None:
-    weights = [quantize_nf4(random(n, in_features, seed=n) * 0.02, double_quant) for n in widths]
+    weights = quantise(kind, widths, in_features)
     for weight, original in zip(kernels.unpack_quantized(kernels.pack_quantized(weights)), weights, strict=True):
         assert torch.equal(dequantize(weight, torch.float32), dequantize(original, torch.float32))
 
 
-def test_nf4_linear_adds_the_bias_of_all_weights(backend: str) -> None:
-    weights = [quantize_nf4(random(n, 128, seed=n)) for n in (32, 16)]
-    packed, x, bias = kernels.pack_quantized(weights), random(3, 128), random(48, seed=1)
-    torch.testing.assert_close(kernels.quantized_linear(x, packed, bias), kernels.quantized_linear(x, packed) + bias)
+@pytest.mark.parametrize("kind", QUANTISE)
+def test_quantized_linear_adds_the_bias_of_all_weights(backend: str, kind: str) -> None:
+    packed = kernels.pack_quantized(quantise(kind, (32, 16), 128))
+    x, bias = random(3, 128), random(48, seed=1)
+    expected = kernels.quantized_linear(x, packed) + bias
+    torch.testing.assert_close(kernels.quantized_linear(x, packed, bias), expected)
     half = kernels.quantized_linear(x.bfloat16(), packed, bias.bfloat16())
-    assert relative_error(half, kernels.quantized_linear(x, packed) + bias) < 1e-2
+    assert relative_error(half, expected) < 1e-2
 
 
 @pytest.mark.parametrize("rows", [1, 33])

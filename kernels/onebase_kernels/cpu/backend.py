@@ -13,10 +13,10 @@ from torch import Tensor
 
 from onebase_kernels import reference, sdpa_attention
 from onebase_kernels.batch import AttentionBatch, LoraBatch, Matrix, ReplacedRows, SamplingBatch, StepInputs
-from onebase_kernels.cpu import calls, execution, memory
+from onebase_kernels.cpu import calls, execution, int4_packing, int8_packing, memory, nf4_packing
 from onebase_kernels.cpu.calls import DTYPES, Step
 from onebase_kernels.cpu.execution import empty, run
-from onebase_kernels.cpu.nf4_packing import TiledNf4, can_pack, pack, unpack
+from onebase_kernels.cpu.tiles import TiledWeights
 from onebase_kernels.quantized import PackedWeights, QuantizedWeight
 
 _LANES = 16
@@ -28,12 +28,18 @@ _READ = {**DTYPES, torch.float16: calls.FLOAT16}
 
 def pack_quantized(weights: Sequence[QuantizedWeight]) -> PackedWeights:
     """As `reference.pack_quantized`, in tiles."""
-    return pack(weights) if can_pack(weights) else reference.pack_quantized(weights)
+    if nf4_packing.can_pack(weights):
+        return nf4_packing.pack(weights)
+    if int4_packing.can_pack(weights):
+        return int4_packing.pack(weights)
+    if int8_packing.can_pack(weights):
+        return int8_packing.pack(weights)
+    return reference.pack_quantized(weights)
 
 
 def unpack_quantized(packed: PackedWeights) -> tuple[QuantizedWeight, ...]:
     """As `reference.unpack_quantized`, bit by bit."""
-    return unpack(packed) if isinstance(packed, TiledNf4) else reference.unpack_quantized(packed)
+    return packed.unpack() if isinstance(packed, TiledWeights) else reference.unpack_quantized(packed)
 
 
 def pack_dense(weight: Tensor) -> Tensor:
@@ -95,18 +101,18 @@ def replace_rows_(x: Tensor, replaced: ReplacedRows | None) -> None:
 
 def quantized_linear(x: Tensor, packed: PackedWeights, bias: Tensor | None = None) -> Tensor:
     """As `reference.quantized_linear`, fused: no weight is ever dequantised in memory."""
-    if not isinstance(packed, TiledNf4):
+    if not isinstance(packed, TiledWeights):
         return reference.quantized_linear(x, packed, bias)
     if x.dtype not in DTYPES or not x.is_contiguous() or (bias is not None and bias.dtype != x.dtype):
         wide_bias = None if bias is None else bias.float()
         return quantized_linear(x.float().contiguous(), packed, wide_bias).to(x.dtype)
     y = empty((x.shape[0], packed.out_features), x.dtype)
-    _nf4_linear(x, packed, bias, y)
+    _quantized_linear(x, packed, bias, y)
     return y
 
 
-def _nf4_linear(x: Tensor, packed: TiledNf4, bias: Tensor | None, y: Tensor) -> None:
-    call = calls.Nf4Linear(
+def _quantized_linear(x: Tensor, packed: TiledWeights, bias: Tensor | None, y: Tensor) -> None:
+    call = packed.call(
         group=packed.address,
         x=x.data_ptr(),
         y=y.data_ptr(),
@@ -128,9 +134,9 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 def head_logits(hidden: Tensor, head: Tensor | PackedWeights) -> Tensor:
     """As `reference.head_logits`; bf16 is not rounded once more on the way to fp32."""
-    if isinstance(head, TiledNf4) and hidden.dtype in DTYPES and hidden.is_contiguous():
+    if isinstance(head, TiledWeights) and hidden.dtype in DTYPES and hidden.is_contiguous():
         logits = empty((hidden.shape[0], head.out_features), torch.float32)
-        _nf4_linear(hidden, head, None, logits)
+        _quantized_linear(hidden, head, None, logits)
         return logits
     if isinstance(head, Tensor) and _carries_dense(hidden, head):
         logits = empty((hidden.shape[0], head.shape[0]), torch.float32)

@@ -50,6 +50,7 @@ class Nf4Group(ctypes.Structure):
     """nf4_weight.h: the weights of a projection group, packed."""
 
     _fields_ = (
+        ("values", Pointer),
         ("codes", Pointer),
         ("scales", Pointer),
         ("quant_map", Pointer),
@@ -59,10 +60,10 @@ class Nf4Group(ctypes.Structure):
     )
 
 
-class Nf4Linear(ctypes.Structure):
+class QuantizedLinear(ctypes.Structure):
     """nf4_linear.cpp."""
 
-    op = "onebase_nf4_linear"
+    op: str
     _fields_ = (
         ("group", Pointer),
         ("x", Pointer),
@@ -71,6 +72,43 @@ class Nf4Linear(ctypes.Structure):
         ("x_dtype", Code),
         ("y_dtype", Code),
     )
+
+
+class Nf4Linear(QuantizedLinear):
+    """Its group is `Nf4Group`."""
+
+    op = "onebase_nf4_linear"
+
+
+class Int4Weights(ctypes.Structure):
+    """int4_weight.h: the weights of a projection group, packed."""
+
+    _fields_ = (
+        ("codes", Pointer),
+        ("scales", Pointer),
+        ("minimums", Pointer),
+        ("num_outputs", Int),
+        ("num_inputs", Int),
+        ("group_size", Int),
+    )
+
+
+class Int4Linear(QuantizedLinear):
+    """Its group is `Int4Weights`."""
+
+    op = "onebase_int4_linear"
+
+
+class Int8Group(ctypes.Structure):
+    """int8_weight.h: the weights of a projection group, packed."""
+
+    _fields_ = (("codes", Pointer), ("absmax", Pointer), ("num_outputs", Int), ("num_inputs", Int))
+
+
+class Int8Linear(QuantizedLinear):
+    """Its group is `Int8Group`."""
+
+    op = "onebase_int8_linear"
 
 
 class DenseLinear(ctypes.Structure):
@@ -258,7 +296,7 @@ class ChooseTokens(ctypes.Structure):
 
 
 Call = (
-    Nf4Linear
+    QuantizedLinear
     | DenseLinear
     | AddLora
     | Attention
@@ -274,7 +312,7 @@ Call = (
 """An op with its operands; `op` names the function that runs it."""
 
 CALLS = (
-    *(Nf4Linear, DenseLinear, AddLora, Attention, Embed, ReplaceRows, Add, RmsNorm, LayerNorm),
+    *(Nf4Linear, Int4Linear, Int8Linear, DenseLinear, AddLora, Attention, Embed, ReplaceRows, Add, RmsNorm, LayerNorm),
     *(Rope, SiluMul, GeluMul, WriteCache),
 )
 

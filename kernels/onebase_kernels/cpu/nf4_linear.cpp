@@ -1,10 +1,12 @@
-// NF4 × activations, fused: codes are decoded in registers and never written to memory as a weight matrix.
+// Quantised weights × activations, fused: codes are decoded in registers and never written to memory as a weight matrix.
 //
 // fp32 is computed in fp32 throughout. For bfloat16 the codebook is rounded to bfloat16 first. A tile has one scale for
 // each output, so products are summed over a tile first and scaled then, in fp32.
 
 #include <vector>
 
+#include "int4_weight.h"
+#include "int8_weight.h"
 #include "nf4_weight.h"
 #include "parallel.h"
 #include "step.h"
@@ -18,8 +20,9 @@
 
 namespace onebase {
 
-struct Nf4Linear {
-    const Nf4Group* group;
+template <class Weights>
+struct QuantizedLinear {
+    const Weights* group;
     const void* x;      // [rows, num_inputs]
     void* y;            // [rows, num_outputs]
     const void* bias;   // [num_outputs] of x's dtype; may be null
@@ -30,22 +33,23 @@ namespace {
 
 // ---- fp32: decode, multiply and add ---------------------------------------------------------------------------------
 
-// y[ROWS, 16 outputs] of ROWS rows of x.
-template <int ROWS, class T>
-void multiply_wide(const Nf4Group& group, int64_t block, const float* x, F32x16 bias, T* y) {
-    const int64_t k = group.num_inputs, tiles = k / BLOCK_K;
-    const uint8_t* codes = group.codes + block * tiles * TILE_BYTES;
-    Scales scales(group, block);
+// y[ROWS, 16 outputs] of ROWS rows of x from `row` on.
+template <int ROWS, class Group, class X, class Y>
+void multiply_wide(const Group& group, int64_t block, const float* x, int64_t row, const Starts<Group, X>& starts, Y* y) {
+    const int64_t k = group.num_inputs, tiles = k / Group::BLOCK_K;
+    const uint8_t* codes = group.codes + block * tiles * TILE_BYTES<Group>;
+    const F32x16 codebook = group.codebook();
+    Scales<Group> scales(group, block);
     F32x16 total[ROWS];
-    for (auto& sum : total) sum = bias;
+    starts.set(total, block, row);
     for (int64_t tile = 0; tile < tiles; tile++) {
         F32x16 part[ROWS] = {};
-        for (int64_t row = 0; row < TILE_ROWS; row++) {
-            const U32x16 packed = load_raw<U32x16>(codes + (tile * TILE_ROWS + row) * 64);
-            const float* inputs = x + tile * BLOCK_K + row * ROW_INPUTS;
+        for (int64_t i = 0; i < TILE_ROWS<Group>; i++) {
+            const U32x16 packed = load_raw<U32x16>(codes + (tile * TILE_ROWS<Group> + i) * ROW_BYTES);
+            const float* inputs = x + row * k + tile * Group::BLOCK_K + i * ROW_INPUTS;
 #pragma GCC unroll 8
             for (int input = 0; input < ROW_INPUTS; input++) {
-                const F32x16 weight = lookup(CODEBOOK, packed >> (input % 2 * 16 + input / 2 * 4));
+                const F32x16 weight = lookup(codebook, packed >> (input % 2 * 16 + input / 2 * 4));
 #pragma GCC unroll 8
                 for (int m = 0; m < ROWS; m++) part[m] += weight * inputs[m * k + input];
             }
@@ -53,21 +57,20 @@ void multiply_wide(const Nf4Group& group, int64_t block, const float* x, F32x16 
         const F32x16 scale = scales(tile);
         for (int m = 0; m < ROWS; m++) total[m] += part[m] * scale;
     }
-    for (int m = 0; m < ROWS; m++) store(y + m * group.num_outputs + block * BLOCK_N, total[m]);
+    for (int m = 0; m < ROWS; m++) store(y + (row + m) * group.num_outputs + block * BLOCK_N, total[m]);
 }
 
-template <class X, class Y>
-void linear_wide(const Nf4Group& group, const X* x, int64_t m, const X* bias, Y* y) {
+template <class Group, class X, class Y>
+void linear_wide(const Group& group, const X* x, int64_t m, const X* bias, Y* y) {
     const int64_t k = group.num_inputs;
+    const Starts<Group, X> starts(group, x, m, bias);
     std::vector<float> wide(m * k);
     for (int64_t i = 0; i < m * k; i += LANES) store(wide.data() + i, load(x + i));
     parallel(group.num_outputs / BLOCK_N, [&](int64_t first, int64_t last) {
         for (int64_t block = first; block < last; block++) {
-            const F32x16 start = load_bias(bias, block);
             int64_t row = 0;
             const auto multiply = [&]<int ROWS>() {  // a block is decoded once for so many rows
-                for (; row + ROWS <= m; row += ROWS)
-                    multiply_wide<ROWS>(group, block, wide.data() + row * k, start, y + row * group.num_outputs);
+                for (; row + ROWS <= m; row += ROWS) multiply_wide<ROWS>(group, block, wide.data(), row, starts, y);
             };
             multiply.template operator()<8>();
             multiply.template operator()<4>();
@@ -78,15 +81,15 @@ void linear_wide(const Nf4Group& group, const X* x, int64_t m, const X* bias, Y*
 }
 
 #if defined(__AVX512BF16__)
-template <class Y>
-void linear_pairs(const Nf4Group& group, const BFloat16* x, int64_t m, const BFloat16* bias, Y* y) {
-    const FixedPointRows rows(x, m, group.num_inputs);
+template <class Group, class Y>
+void linear_pairs(const Group& group, const BFloat16* x, int64_t m, const BFloat16* bias, Y* y) {
+    const FixedPointRows<Group::BLOCK_K> rows(x, m, group.num_inputs);
+    const Starts<Group, BFloat16> starts(group, x, m, bias);
     parallel(group.num_outputs / BLOCK_N, [&](int64_t first, int64_t last) {
         for (int64_t block = first; block < last; block++) {
-            const F32x16 start = load_bias(bias, block);
             int64_t row = 0;
             const auto multiply = [&]<int ROWS>() {
-                for (; row + ROWS <= m; row += ROWS) multiply_pairs<ROWS>(group, block, rows, row, start, y);
+                for (; row + ROWS <= m; row += ROWS) multiply_pairs<ROWS>(group, block, rows, row, starts, y);
             };
             multiply.template operator()<8>();
             multiply.template operator()<4>();
@@ -113,22 +116,23 @@ struct RowTiles {
     AlignedVector<BFloat16> last;
 };
 
-template <class Y>
-void linear_some(const Nf4Group& group, const RowTiles& rows, const BFloat16* bias, Y* y) {
+template <class Group, class Y>
+void linear_some(const Group& group, const RowTiles& rows, const BFloat16* bias, Y* y) {
     const int64_t k = group.num_inputs, n = group.num_outputs;
+    const Starts<Group, BFloat16> starts(group, rows.x, rows.whole + rows.rest, bias);
     parallel(n / BLOCK_N, [&](int64_t first, int64_t last) {
         const Tiles tiles;
         for (int64_t block = first; block < last; block++) {
-            const F32x16 start = load_bias(bias, block);
             for (int64_t row = 0; row < rows.whole; row += M_TILE)
-                multiply_some(group, block, rows.x + row * k, M_TILE, start, y + row * n);
-            if (rows.rest) multiply_some(group, block, rows.last.data(), rows.rest, start, y + rows.whole * n);
+                multiply_some(group, block, rows.x + row * k, row, M_TILE, starts, y + row * n);
+            if (rows.rest)
+                multiply_some(group, block, rows.last.data(), rows.whole, rows.rest, starts, y + rows.whole * n);
         }
     });
 }
 
-template <class Y>
-void linear_many(const Nf4Group& group, const RowTiles& rows, const BFloat16* bias, Y* y) {
+template <class Group, class Y>
+void linear_many(const Group& group, const RowTiles& rows, const BFloat16* bias, Y* y) {
     const int64_t k = group.num_inputs, n = group.num_outputs;
     const int64_t at_once = std::max<int64_t>(DECODED_BYTES / (BLOCK_N * k * sizeof(BFloat16)), 1);
     parallel(n / BLOCK_N, [&](int64_t first, int64_t last) {
@@ -149,8 +153,8 @@ void linear_many(const Nf4Group& group, const RowTiles& rows, const BFloat16* bi
 }
 #endif
 
-template <class X, class Y>
-void linear(const Nf4Group& group, const X* x, int64_t m, const X* bias, Y* y) {
+template <class Group, class X, class Y>
+void linear(const Group& group, const X* x, int64_t m, const X* bias, Y* y) {
 #if defined(__AVX512BF16__)
     if constexpr (sizeof(X) == sizeof(BFloat16)) {
 #if defined(__AMX_BF16__)
@@ -163,17 +167,46 @@ void linear(const Nf4Group& group, const X* x, int64_t m, const X* bias, Y* y) {
     linear_wide(group, x, m, bias, y);
 }
 
+// int8 has the one kernel for all numbers of rows.
+template <class X, class Y>
+void linear(const Int8Group& group, const X* x, int64_t m, const X* bias, Y* y) {
+#if defined(__AMX_BF16__)
+    if constexpr (sizeof(X) == sizeof(BFloat16))
+        return linear_many(group, RowTiles(x, m, group.num_inputs), bias, y);
+#endif
+    linear_wide(group, x, m, bias, y);
+}
+
+template <class Weights, class Group>
+void linear_of_dtypes(const QuantizedLinear<Weights>& call, const Group& group, const Step& step) {
+    dispatch(call.x_dtype, [&]<class X>() {
+        dispatch(call.y_dtype, [&]<class Y>() {
+            linear(group, static_cast<const X*>(call.x), step.rows, static_cast<const X*>(call.bias),
+                   static_cast<Y*>(call.y));
+        });
+    });
+}
+
 }  // namespace
 }  // namespace onebase
 
-// The contract of nf4_linear in reference.py.
-ONEBASE_EXPORT void onebase_nf4_linear(const onebase::Nf4Linear* call, const onebase::Step* step) {
-    onebase::dispatch(call->x_dtype, [&]<class X>() {
-        onebase::dispatch(call->y_dtype, [&]<class Y>() {
-            onebase::linear(*call->group, static_cast<const X*>(call->x), step->rows, static_cast<const X*>(call->bias),
-                            static_cast<Y*>(call->y));
-        });
-    });
+// The contract of quantized_linear in reference.py, for weights with a codebook.
+ONEBASE_EXPORT void onebase_nf4_linear(const onebase::QuantizedLinear<onebase::Nf4Group>* call,
+                                       const onebase::Step* step) {
+    onebase::linear_of_dtypes(*call, *call->group, *step);
+}
+
+// The contract of quantized_linear in reference.py, for int4.
+ONEBASE_EXPORT void onebase_int4_linear(const onebase::QuantizedLinear<onebase::Int4Weights>* call,
+                                        const onebase::Step* step) {
+    if (call->group->group_size == 32) onebase::linear_of_dtypes(*call, onebase::Int4Group<32>{*call->group}, *step);
+    else onebase::linear_of_dtypes(*call, onebase::Int4Group<64>{*call->group}, *step);
+}
+
+// The contract of quantized_linear in reference.py, for int8.
+ONEBASE_EXPORT void onebase_int8_linear(const onebase::QuantizedLinear<onebase::Int8Group>* call,
+                                        const onebase::Step* step) {
+    onebase::linear_of_dtypes(*call, *call->group, *step);
 }
 
 // Whether this machine and its kernel let the library run as compiled; called once, before anything else.

@@ -1,29 +1,32 @@
-"""NF4 weights in the order in which the C++ kernel reads them; `nf4_weight.h` describes it."""
+"""NF4 and FP4 weights in the order in which the C++ kernel reads them; `nf4_weight.h` describes it."""
 
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
-from onebase_kernels.blockwise import BLOCK_SIZE, NF4, BlockwiseWeight, NestedScales
-from onebase_kernels.cpu.calls import Nf4Group, Nf4Slice
+from onebase_kernels.blockwise import BLOCK_SIZE, BlockwiseWeight, Codebook, NestedScales
+from onebase_kernels.cpu.calls import Nf4Group, Nf4Linear, Nf4Slice
 from onebase_kernels.cpu.memory import resident
+from onebase_kernels.cpu.tiles import OUTPUTS, TiledWeights, pack_codes, pack_scales, unpack_codes, unpack_scales
 from onebase_kernels.quantized import QuantizedWeight
 
-OUTPUTS = 16
-"""Outputs of a tile; its inputs are one block of 64."""
 OFFSET_BYTES = 4
 """Of a weight under double quantisation, the mean of its scales."""
 
 
 @dataclass(frozen=True, eq=False)
-class TiledNf4:
-    """The weights of a projection group, packed: their outputs lie side by side."""
+class TiledNf4(TiledWeights):
+    """Weights of one codebook, packed."""
 
+    call = Nf4Linear
+
+    codebook: Codebook
+    values: Tensor
+    """fp32 [16]: of the codebook."""
     codes: Tensor
     """uint8 [ΣN · K / 2]."""
     scales: Tensor
@@ -34,27 +37,7 @@ class TiledNf4:
     """Of each weight, the mean of its scales; 0 without double quantisation."""
     quant_map: Tensor | None
     """fp32 [256]: the values of the uint8 scales, which all weights have alike."""
-    widths: tuple[int, ...]
-    """Outputs of each weight."""
-    in_features: int
-    group: Nf4Group
-    """What C++ gets: addresses of the tensors here and of `slices`."""
     slices: "ctypes.Array[Nf4Slice]"
-
-    @cached_property
-    def address(self) -> int:
-        """Of `group`."""
-        return ctypes.addressof(self.group)
-
-    @cached_property
-    def out_features(self) -> int:
-        """Outputs of all weights together."""
-        return sum(self.widths)
-
-    @property
-    def num_parameters(self) -> int:
-        """Weights that the codes stand for."""
-        return 2 * self.codes.numel()
 
     @property
     def nbytes(self) -> int:
@@ -62,19 +45,40 @@ class TiledNf4:
         nested = sum(scales.nbytes + OFFSET_BYTES for scales in self.nested_scales)
         return self.codes.nbytes + self.scales.nbytes + nested
 
+    def unpack(self) -> tuple[BlockwiseWeight, ...]:
+        """The weights that were packed, bit by bit."""
+        sizes = [width * self.in_features for width in self.widths]
+        codes = torch.split(self.codes, [size // 2 for size in sizes])
+        scales = torch.split(self.scales, [size // BLOCK_SIZE for size in sizes])
+        return tuple(
+            BlockwiseWeight(
+                codes=unpack_codes(codes[i], self.in_features),
+                absmax=unpack_scales(scales[i], self.in_features // BLOCK_SIZE),
+                shape=(width, self.in_features),
+                nested=self._nested(i),
+                codebook=self.codebook,
+            )
+            for i, width in enumerate(self.widths)
+        )
+
+    def _nested(self, index: int) -> NestedScales | None:
+        if self.quant_map is None:
+            return None
+        return NestedScales(self.nested_scales[index], torch.tensor(self.offsets[index]), self.quant_map)
+
 
 def can_pack(weights: Sequence[QuantizedWeight]) -> TypeGuard[Sequence[BlockwiseWeight]]:
-    """Whether the kernel carries these weights: NF4, whole tiles, on the CPU, all with or all without nested scales."""
+    """Whether the kernel carries these weights: whole tiles, on the CPU, alike in codebook and nested scales."""
     carried = [
         weight
         for weight in weights
         if isinstance(weight, BlockwiseWeight)
-        and weight.codebook == NF4
         and weight.shape[0] % OUTPUTS == 0
         and weight.shape[1] % BLOCK_SIZE == 0
         and weight.codes.device.type == "cpu"
     ]
-    return len(carried) == len(weights) and len({weight.nested is None for weight in carried}) == 1
+    kinds = {(weight.codebook, weight.nested is None) for weight in carried}
+    return len(carried) == len(weights) and len(kinds) == 1
 
 
 def pack(weights: Sequence[BlockwiseWeight]) -> TiledNf4:
@@ -83,8 +87,10 @@ def pack(weights: Sequence[BlockwiseWeight]) -> TiledNf4:
     Nothing of the weights is kept: a single view would hold the whole mapped file in memory beside what is packed.
     """
     in_features = weights[0].shape[1]
-    codes = resident(torch.cat([_pack_codes(weight) for weight in weights]))
-    scales = resident(torch.cat([_pack_scales(weight) for weight in weights]))
+    codebook = weights[0].codebook
+    values = torch.tensor(codebook.values, dtype=torch.float32)
+    codes = resident(torch.cat([pack_codes(weight.codes, *weight.shape) for weight in weights]))
+    scales = resident(torch.cat([pack_scales(weight.absmax, weight.shape[0]) for weight in weights]))
     widths = tuple(weight.shape[0] for weight in weights)
     nested = [weight.nested for weight in weights if weight.nested is not None]
     nested_scales = tuple(scale.absmax.clone() for scale in nested)
@@ -97,6 +103,7 @@ def pack(weights: Sequence[BlockwiseWeight]) -> TiledNf4:
         )
     )
     group = Nf4Group(
+        values=values.data_ptr(),
         codes=codes.data_ptr(),
         scales=scales.data_ptr(),
         quant_map=quant_map.data_ptr() if quant_map is not None else None,
@@ -104,51 +111,16 @@ def pack(weights: Sequence[BlockwiseWeight]) -> TiledNf4:
         num_outputs=sum(widths),
         num_inputs=in_features,
     )
-    return TiledNf4(codes, scales, nested_scales, offsets, quant_map, widths, in_features, group, slices)
-
-
-def unpack(packed: TiledNf4) -> tuple[BlockwiseWeight, ...]:
-    """The weights that were packed, bit by bit."""
-    sizes = [width * packed.in_features for width in packed.widths]
-    codes = torch.split(packed.codes, [size // 2 for size in sizes])
-    scales = torch.split(packed.scales, [size // BLOCK_SIZE for size in sizes])
-    return tuple(
-        BlockwiseWeight(
-            codes=_unpack_codes(codes[i], packed.in_features),
-            absmax=_unpack_scales(scales[i], packed.in_features),
-            shape=(width, packed.in_features),
-            nested=_nested(packed, i),
-        )
-        for i, width in enumerate(packed.widths)
+    return TiledNf4(
+        widths=widths,
+        in_features=in_features,
+        group=group,
+        codebook=codebook,
+        values=values,
+        codes=codes,
+        scales=scales,
+        nested_scales=nested_scales,
+        offsets=offsets,
+        quant_map=quant_map,
+        slices=slices,
     )
-
-
-def _nested(packed: TiledNf4, index: int) -> NestedScales | None:
-    if packed.quant_map is None:
-        return None
-    return NestedScales(packed.nested_scales[index], torch.tensor(packed.offsets[index]), packed.quant_map)
-
-
-def _pack_codes(weight: BlockwiseWeight) -> Tensor:
-    n, k = weight.shape
-    nibbles = torch.stack((weight.codes >> 4, weight.codes & 0xF), dim=-1)
-    # [N / 16, output, K / 8, pair, parity] -> 16-bit words are (output, parity), nibbles within them pairs
-    rows = nibbles.view(n // OUTPUTS, OUTPUTS, k // 8, 4, 2).permute(0, 2, 1, 4, 3)
-    low, high = rows.reshape(-1, 2).unbind(-1)
-    return low | (high << 4)
-
-
-def _pack_scales(weight: BlockwiseWeight) -> Tensor:
-    n, k = weight.shape
-    return weight.absmax.view(n // OUTPUTS, OUTPUTS, k // BLOCK_SIZE).transpose(1, 2).reshape(-1)
-
-
-def _unpack_codes(codes: Tensor, k: int) -> Tensor:
-    nibbles = torch.stack((codes & 0xF, codes >> 4), dim=-1)
-    rows = nibbles.view(-1, k // 8, OUTPUTS, 2, 4).permute(0, 2, 1, 4, 3)
-    first, second = rows.reshape(-1, 2).unbind(-1)
-    return first << 4 | second
-
-
-def _unpack_scales(scales: Tensor, k: int) -> Tensor:
-    return scales.view(-1, k // BLOCK_SIZE, OUTPUTS).transpose(1, 2).reshape(-1)

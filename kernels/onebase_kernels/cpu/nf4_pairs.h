@@ -1,4 +1,4 @@
-// Products of a few rows of bfloat16 and NF4 weights in fixed point: pairs of 16-bit integers, summed up in 32 bits
+// Products of a few rows of bfloat16 and 4-bit weights in fixed point: pairs of 16-bit integers, summed up in 32 bits
 // (AVX512-VNNI). It is twice as fast as the machine's dot products of bfloat16, and loses less: the codebook has 14 bits
 // here instead of 8, and a block's inputs 14 bits of the largest of them, which bfloat16 itself knows to 8.
 #pragma once
@@ -13,7 +13,8 @@ namespace onebase {
 constexpr float CODEBOOK_ONE = 8192.0f;  // what stands for 1
 constexpr float INPUT_MAX = 8191.0f;     // for a block's largest input: 32 products still fit 32 bits
 
-// Rows of x as 16-bit integers, [m][k], and what one of them is worth in each block, [m][k / 64].
+// Rows of x as 16-bit integers, [m][k], and what one of them is worth in each tile, [m][k / BLOCK_K].
+template <int64_t BLOCK_K>
 struct FixedPointRows {
     std::vector<int16_t> numbers;
     std::vector<float> units;
@@ -43,8 +44,8 @@ inline __m512i twice(__m256i codebook) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(codebook), codebook, 1);
 }
 
-inline __m512i fixed_point_codebook() {
-    return twice(_mm512_cvtepi32_epi16(_mm512_cvtps_epi32((__m512)(CODEBOOK * CODEBOOK_ONE))));
+inline __m512i in_fixed_point(F32x16 codebook) {
+    return twice(_mm512_cvtepi32_epi16(_mm512_cvtps_epi32((__m512)(codebook * CODEBOOK_ONE))));
 }
 
 // The pairs of inputs PAIR of a row of a tile, for its 16 outputs.
@@ -60,20 +61,21 @@ inline __m512i add_products(__m512i sums, __m512i weights, const int16_t* two_in
 }
 
 // y[ROWS, 16 outputs] of ROWS rows of x from `row` on.
-template <int ROWS, class Y>
-void multiply_pairs(const Nf4Group& group, int64_t block, const FixedPointRows& x, int64_t row, F32x16 bias, Y* y) {
-    const int64_t k = group.num_inputs, tiles = k / BLOCK_K;
-    const uint8_t* codes = group.codes + block * tiles * TILE_BYTES;
-    const __m512i codebook = fixed_point_codebook();
-    Scales scales(group, block);
+template <int ROWS, class Group, class Y>
+void multiply_pairs(const Group& group, int64_t block, const FixedPointRows<Group::BLOCK_K>& x, int64_t row,
+                    const Starts<Group, BFloat16>& starts, Y* y) {
+    const int64_t k = group.num_inputs, tiles = k / Group::BLOCK_K;
+    const uint8_t* codes = group.codes + block * tiles * TILE_BYTES<Group>;
+    const __m512i codebook = in_fixed_point(group.codebook());
+    Scales<Group> scales(group, block);
     F32x16 total[ROWS];
-    for (auto& sum : total) sum = bias;
+    starts.set(total, block, row);
     for (int64_t tile = 0; tile < tiles; tile++) {
-        const int16_t* inputs = x.numbers.data() + row * k + tile * BLOCK_K;
+        const int16_t* inputs = x.numbers.data() + row * k + tile * Group::BLOCK_K;
         __m512i even[ROWS] = {}, odd[ROWS] = {};  // 32 products each, which is what fits
 #pragma GCC unroll 8
-        for (int64_t i = 0; i < TILE_ROWS; i++) {
-            const uint8_t* at = codes + (tile * TILE_ROWS + i) * 64;
+        for (int64_t i = 0; i < TILE_ROWS<Group>; i++) {
+            const uint8_t* at = codes + (tile * TILE_ROWS<Group> + i) * ROW_BYTES;
             __builtin_prefetch(at + BYTES_AHEAD);
             const __m512i packed = _mm512_loadu_si512(at);
             const __m512i weights[4] = {decode_pair<0>(codebook, packed), decode_pair<1>(codebook, packed),

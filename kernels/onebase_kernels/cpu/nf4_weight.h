@@ -1,11 +1,13 @@
-// NF4 weights as the kernels read them.
+// Weights of 4 bits with a codebook (NF4, FP4) as the kernels read them, and how codes of 4 bits lie in general.
 //
-// Packed layout (nf4_packing.py makes it): outputs in blocks of 16, inputs in blocks of 64, one tile of 512 bytes for each
-// pair of blocks, output block by output block. A tile is 8 rows of 64 bytes, one for every 8 inputs: 16-bit word w of a
-// row belongs to output w/2 of the block, its nibble q is the code of input 8·row + 2q + w%2. So a row that is looked up
-// nibble by nibble gives pairs of inputs for all 16 outputs, as the machine's dot products of pairs and AMX want them,
-// and seen as 32-bit lanes a row has one output in each, as plain multiply-adds want them.
-// Scales follow the same order: 16 for each tile, fp32 or 8-bit.
+// Packed layout (tiles.py makes it): outputs in blocks of 16, for each of them a row of 64 bytes for every 8 inputs.
+// 16-bit word w of a row belongs to output w/2 of the block, its nibble q is the code of input 8·row + 2q + w%2. So a row
+// that is looked up nibble by nibble gives pairs of inputs for all 16 outputs, as the machine's dot products of pairs and
+// AMX want them, and seen as 32-bit lanes a row has one output in each, as plain multiply-adds want them.
+// The rows whose inputs share scales are a tile. Scales follow the same order: 16 for each tile, fp32 or 8-bit.
+//
+// Kernels are templates over the group of weights, which says how many inputs a tile has (BLOCK_K), what codes stand for
+// (codebook(), within [-1, 1]) and, by the templates Scales and Starts, how sums of products become outputs.
 #pragma once
 
 #include "simd.h"
@@ -13,17 +15,16 @@
 namespace onebase {
 
 constexpr int64_t BLOCK_N = 16;
-constexpr int64_t BLOCK_K = 64;
-constexpr int64_t TILE_BYTES = BLOCK_N * BLOCK_K / 2;
-constexpr int64_t TILE_ROWS = 8;
-constexpr int64_t ROW_INPUTS = BLOCK_K / TILE_ROWS;
+constexpr int64_t ROW_INPUTS = 8;
+constexpr int64_t ROW_BYTES = BLOCK_N * ROW_INPUTS / 2;
 constexpr int64_t BYTES_AHEAD = 8192;  // that codes are fetched before they are needed
 constexpr int64_t NESTED_BLOCK = 256;  // 8-bit scales that share an fp32 scale
 
-inline const F32x16 CODEBOOK = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
-                         -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
-                         0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
-                         0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+template <class Group>
+constexpr int64_t TILE_ROWS = Group::BLOCK_K / ROW_INPUTS;
+
+template <class Group>
+constexpr int64_t TILE_BYTES = TILE_ROWS<Group> * ROW_BYTES;
 
 inline const I32x16 LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
@@ -35,6 +36,10 @@ struct Nf4Slice {
 };
 
 struct Nf4Group {
+    static constexpr int64_t BLOCK_K = 64;
+    F32x16 codebook() const { return load(values); }
+
+    const float* values;  // what codes stand for
     const uint8_t* codes;
     const void* scales;      // uint8 if quant_map is there, else float
     const float* quant_map;  // what 8-bit scales stand for; null without double quantisation
@@ -49,10 +54,31 @@ inline F32x16 load_bias(const T* bias, int64_t block) {
     return bias ? load(bias + block * BLOCK_N) : F32x16{};
 }
 
-// The scales of one output block, tile by tile.
-class Scales {
+// What the sums of products begin with: the bias, where a group of weights has nothing else.
+template <class Group, class X>
+class Starts {
 public:
-    Scales(const Nf4Group& group, int64_t block) : group_(group), tiles_(group.num_inputs / BLOCK_K) {
+    Starts(const Group&, const X*, int64_t, const X* bias) : bias_(bias) {}
+
+    // Of the rows of x from `row` on, for 16 outputs each.
+    template <int ROWS>
+    void set(F32x16 (&sums)[ROWS], int64_t block, int64_t) const {
+        const F32x16 bias = load_bias(bias_, block);
+        for (auto& sum : sums) sum = bias;
+    }
+
+private:
+    const X* bias_;
+};
+
+// The scales of one output block, tile by tile.
+template <class Group>
+class Scales;
+
+template <>
+class Scales<Nf4Group> {
+public:
+    Scales(const Nf4Group& group, int64_t block) : group_(group), tiles_(group.num_inputs / Nf4Group::BLOCK_K) {
         first_ = block * tiles_ * BLOCK_N;
         if (!group.quant_map) return;
         int64_t output = block * BLOCK_N;
@@ -72,6 +98,11 @@ public:
         const U8x16 codes = load_raw<U8x16>(static_cast<const uint8_t*>(group_.scales) + at);
         const F32x16 values = gather(group_.quant_map, __builtin_convertvector(codes, I32x16));
         return values * (change_ > int32_t(tile) ? before_ : after_) + slice_->offset;
+    }
+
+    // Turns what the tile's codes stand for into weights.
+    auto decoder(int64_t tile) {
+        return [scale = (*this)(tile)](F32x16 values) { return values * scale; };
     }
 
 private:

@@ -19,6 +19,7 @@ typedef int32_t I32x16 __attribute__((vector_size(64)));
 typedef uint32_t U32x16 __attribute__((vector_size(64)));
 typedef uint16_t U16x16 __attribute__((vector_size(32)));
 typedef uint8_t U8x16 __attribute__((vector_size(16)));
+typedef int8_t I8x16 __attribute__((vector_size(16)));
 
 // A bfloat16 number: the upper half of a float.
 struct BFloat16 {
@@ -51,6 +52,9 @@ inline U16x16 narrow(F32x16 v) {
 #endif
 }
 
+inline F32x16 load(const int8_t* from) {
+    return __builtin_convertvector(__builtin_convertvector(load_raw<I8x16>(from), I32x16), F32x16);
+}
 inline F32x16 load(const float* from) { return load_raw<F32x16>(from); }
 inline F32x16 load(const BFloat16* from) { return widen(load_raw<U16x16>(from)); }
 inline F32x16 load(const Float16* from) {
