@@ -18,13 +18,11 @@ from .test_mixed_batch import assert_like_oracle, run, submit
 QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "fp4": {"quantization": "fp4"},
     "int4": {"quantization": "int4", "group_size": 32},
-    "int4, groups of 128": {"quantization": "int4", "group_size": 128},
     "int8": {"quantization": "int8"},
 }
 ADAPTERS: dict[str, LoraConfig] = {
-    "lora": LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+    "plain": LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
     "dora": LoraConfig(r=4, use_dora=True, target_modules="all-linear", task_type="CAUSAL_LM"),
-    "dora-of-some": LoraConfig(r=4, use_dora=True, target_modules=["k_proj", "down_proj"], task_type="CAUSAL_LM"),
 }
 
 

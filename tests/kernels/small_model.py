@@ -1,12 +1,12 @@
 """A small stack of ops, and steps for it, to record."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 import onebase_kernels as kernels
-from onebase_kernels import AttentionBatch, LoraBatch, Segment, StepInputs
+from onebase_kernels import AttentionBatch, LoraBatch, QuantizedWeight, Segment, StepInputs
 
 HEADS, KV_HEADS, HEAD_DIM, VOCAB = 4, 2, 16, 50
 HIDDEN, QKV = HEADS * HEAD_DIM, (HEADS + 2 * KV_HEADS) * HEAD_DIM
@@ -17,8 +17,11 @@ MAX_REQUESTS = 6
 class SmallModel:
     """Two layers that use every op of a step, with adapters beside the first product of each."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, dtype: torch.dtype = torch.float32, quantize: Callable[[Tensor], QuantizedWeight] = kernels.quantize_nf4
+    ) -> None:
         torch.manual_seed(0)
+        self.quantize = quantize
         self.table = torch.randn(VOCAB, HIDDEN).to(dtype)
         self.norm, self.head_norm = torch.randn(HIDDEN).to(dtype), torch.randn(HEAD_DIM).to(dtype)
         self.qkv = [self.packed(QKV, HIDDEN) for _ in range(LAYERS)]
@@ -35,9 +38,8 @@ class SmallModel:
             [[[0, 2, 0, 1, 0b010], [600, 1, 1, 1, 0b101]], [[1150, 0, 1, 0, 0], [1300, 3, 0, 0, 0b001]]]
         )
 
-    @staticmethod
-    def packed(outputs: int, inputs: int) -> kernels.PackedWeights:
-        return kernels.pack_quantized([kernels.quantize_nf4(torch.randn(outputs, inputs) / 8)])
+    def packed(self, outputs: int, inputs: int) -> kernels.PackedWeights:
+        return kernels.pack_quantized([self.quantize(torch.randn(outputs, inputs) / 8)])
 
     def forward(self, inputs: StepInputs) -> Tensor:
         rows = inputs.token_ids.shape[0]

@@ -1,13 +1,23 @@
 """Recorded steps: a small stack of ops, run anew and run as it was recorded."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 import onebase_kernels as kernels
-from onebase_kernels import ReplacedRows, Segment, StepInputs
+from onebase_kernels import (
+    QuantizedWeight,
+    ReplacedRows,
+    Segment,
+    StepInputs,
+    quantize_fp4,
+    quantize_int4,
+    quantize_int8,
+)
 from onebase_kernels.cpu.execution import NotRecordable, Program
 from onebase_kernels.cpu.library import runnable_variants
 
@@ -41,6 +51,20 @@ def test_a_recorded_step_computes_what_the_ops_compute_one_by_one(backend: str) 
 needs_library = pytest.mark.skipif(
     not runnable_variants(), reason="no C++ compiler was there when Onebase was installed"
 )
+
+
+@needs_library
+@pytest.mark.parametrize("quantize", [quantize_fp4, partial(quantize_int4, group_size=32), quantize_int8])
+def test_every_format_of_weights_can_be_recorded(quantize: Callable[[Tensor], QuantizedWeight]) -> None:
+    kernels.use_backend("cpu")
+    try:
+        model = SmallModel(torch.bfloat16, quantize)
+        expected = model.forward(steps(model)[0]).clone()
+        program = kernels.record(model.forward, model.largest_step())
+        assert isinstance(program, Program)
+        torch.testing.assert_close(program(steps(model)[0]), expected, rtol=0, atol=0)
+    finally:
+        kernels.use_backend("reference")
 
 
 @needs_library
