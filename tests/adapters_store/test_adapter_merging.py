@@ -16,7 +16,10 @@ from onebase_adapters.adapter import (
     InvalidMerge,
     LowRankPair,
     ModuleKey,
+    NormVectors,
+    TokenMatrix,
     VirtualTokens,
+    Vocabulary,
 )
 from onebase_adapters.adapter_merging import MergeRecipe, WeightedAdapter, merge_adapters
 from onebase_adapters.peft_format import parse
@@ -200,6 +203,12 @@ def test_what_cannot_be_merged_is_refused_with_the_reason():
     prefix = Adapter({}, prefix=VirtualTokens(np.ones((5, 32), np.float32)))
     with pytest.raises(InvalidMerge, match=r"Virtual tokens .* cannot be merged"):
         merge_adapters([small, WeightedAdapter(prefix, 1.0)], MergeRecipe())
+    head = Adapter({}, vocabulary=Vocabulary(head=TokenMatrix(pair=next(iter(ones(4).pairs.values())))))
+    with pytest.raises(InvalidMerge, match="makes of lm_head cannot be merged"):
+        merge_adapters([small, WeightedAdapter(head, 1.0)], MergeRecipe())
+    norm = Adapter({}, norms={"norm": NormVectors(np.ones(32, np.float32))})
+    with pytest.raises(InvalidMerge, match="replaces norm cannot be merged"):
+        merge_adapters([small, WeightedAdapter(norm, 1.0)], MergeRecipe())
     with pytest.raises(InvalidMerge, match="at least one"):
         merge_adapters([], MergeRecipe())
     with pytest.raises(InvalidMerge, match="finite"):
