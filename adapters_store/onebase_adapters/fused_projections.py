@@ -26,15 +26,15 @@ def fuse_projections(adapter: Adapter, layout: BaseLayout) -> Adapter:
         for name, projections in layout.fused.items():
             widths = {ModuleKey(layer, part): layout.shapes[part][0] for part in projections if part in layout.shapes}
             if parts := {key: pairs.pop(key) for key in widths if key in pairs}:
-                pairs[ModuleKey(layer, name)] = _fuse_pairs(parts, widths)
+                pairs[ModuleKey(layer, name)] = fuse_pairs(parts, widths)
             if vectors := {key: epilogues.pop(key) for key in widths if key in epilogues}:
                 epilogues[ModuleKey(layer, name)] = _fuse_epilogues(vectors, widths)
     return replace(adapter, pairs=pairs, epilogues=epilogues)
 
 
-def _fuse_pairs(parts: Mapping[ModuleKey, LowRankPair], widths: Mapping[ModuleKey, int]) -> LowRankPair:
+def fuse_pairs(parts: Mapping[ModuleKey, LowRankPair], widths: Mapping[ModuleKey, int]) -> LowRankPair:
     """The different A below each other, and a B that multiplies each part's rows by its own A alone."""
-    parts = _of_one_scale(parts)
+    parts = of_one_scale(parts)
     matrices: list[Array] = []
     for part in parts.values():
         if not any(np.array_equal(part.lora_a, matrix) for matrix in matrices):
@@ -50,7 +50,7 @@ def _columns(part: LowRankPair | None, matrix: Array, width: int) -> Array:
     return np.zeros((width, len(matrix)), matrix.dtype)
 
 
-def _of_one_scale(pairs: Mapping[ModuleKey, LowRankPair]) -> Mapping[ModuleKey, LowRankPair]:
+def of_one_scale(pairs: Mapping[ModuleKey, LowRankPair]) -> Mapping[ModuleKey, LowRankPair]:
     """The same updates with one scale and in one dtype; what differs is multiplied into B, in float32."""
     if len({(pair.scale, pair.lora_a.dtype) for pair in pairs.values()}) == 1:
         return pairs

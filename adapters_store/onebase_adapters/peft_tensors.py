@@ -28,7 +28,7 @@ MODULE_NAME = (
 """In Transformers 4 each expert has modules of its own; in 5 one module, `experts`, has all their weights in stacks."""
 
 _MIXTRAL_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-_STACKS = ("gate_up_proj", "down_proj")
+STACKED_PARAMETERS = ("gate_up_proj", "down_proj")
 """The parameters of the module `experts`, in its order."""
 _NO_NAMES = ModuleNames()
 
@@ -167,7 +167,7 @@ def _stack(match: "regex.Match[str]", target_parameters: ModuleNames) -> tuple[s
     before it is within, as `base_layer`.
     """
     module = match["module"].removesuffix(match["stack"])
-    named = [name for name in _STACKS if f"{module}.{name}" in target_parameters]
+    named = [name for name in STACKED_PARAMETERS if f"{module}.{name}" in target_parameters]
     depth = 1 if match["stack"] else 0
     if depth >= len(named):
         raise InvalidTensors(

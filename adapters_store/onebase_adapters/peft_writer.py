@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,9 @@ from safetensors.numpy import save_file
 from .adapter import ROUTER, Adapter, Array, Epilogue, LowRankPair, ModuleKey, Prefix, PrefixKV, UnsupportedAdapter
 from .peft_config import CONFIG_FILE
 from .peft_format import WEIGHTS_FILE
+from .peft_tensors import STACKED_PARAMETERS
 
+_STACKS = tuple(f"experts.{name}" for name in STACKED_PARAMETERS)
 _ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"})
 
 Content = tuple[dict[str, object], dict[str, Array]]
@@ -23,14 +25,13 @@ def write_peft(adapter: Adapter, directory: Path, *, base_name: str) -> None:
 
     PEFT loads them as they are, and `parse` makes the same adapter of them. What `parse` has computed is not undone:
     VeRA and QA-LoRA come out as LoRA, (IA)³'s factors of `down_proj`'s inputs as factors of `up_proj`'s outputs, and
-    fused modules as their parts (`fused_projections` makes them whole).
+    fused modules as their parts (`fused_projections` makes them whole). Experts have to be stacked (`peft_stacks`).
 
     Raises:
-        UnsupportedAdapter: none of PEFT's kinds does all that the adapter does, or it changes the vocabulary or a
-            mixture's experts; the text says where.
+        UnsupportedAdapter: none of PEFT's kinds does all that the adapter does, or it changes the vocabulary; the text
+            says where.
     """
     adapter.require_exportable()
-    _refuse_experts(adapter)
     config, tensors = _content(adapter)
     directory.mkdir(parents=True, exist_ok=True)
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
@@ -43,18 +44,8 @@ def _content(adapter: Adapter) -> Content:
     if adapter.prefix is not None:
         return _prefix(adapter.prefix)
     _refuse_mixtures(adapter)
+    _refuse_more_than_lora_of_parameters(adapter)
     return _lora(adapter) if adapter.pairs else _ia3(adapter)
-
-
-def _refuse_experts(adapter: Adapter) -> None:
-    """They are modules to PEFT on Transformers 4, by names that differ between families, and parameters on 5."""
-    keys = (*adapter.pairs, *adapter.epilogues)
-    of_mixture = [key for key in keys if key.expert is not None or key.projection == ROUTER]
-    if of_mixture:
-        raise UnsupportedAdapter(
-            f"The adapter changes {of_mixture[0]} of a mixture of experts: it can be served and merged into its base, "
-            "but not be written as a PEFT directory yet."
-        )
 
 
 def _refuse_mixtures(adapter: Adapter) -> None:
@@ -76,6 +67,16 @@ def _refuse_mixtures(adapter: Adapter) -> None:
             )
 
 
+def _refuse_more_than_lora_of_parameters(adapter: Adapter) -> None:
+    parameter = next((key for key in adapter.pairs if _is_parameter(key)), None)
+    beside = {name for epilogue in adapter.epilogues.values() for name in epilogue.vectors} - {"bias"}
+    if parameter and (beside or adapter.invocation_tokens):
+        raise UnsupportedAdapter(
+            f"The adapter changes {parameter}, a parameter to PEFT, and is DoRA, aLoRA or with a lora_bias elsewhere, "
+            "which PEFT does not combine, so it cannot be exported."
+        )
+
+
 def _prefix(prefix: Prefix) -> Content:
     """Of the plain kind, whatever it was trained as; PEFT fills in the base's sizes."""
     peft_type = "PREFIX_TUNING" if isinstance(prefix, PrefixKV) else "PROMPT_TUNING"
@@ -94,8 +95,8 @@ def _lora(adapter: Adapter) -> Content:
     has = {name for epilogue in adapter.epilogues.values() for name in epilogue.vectors}
     tensors: dict[str, Array] = {}
     for key, pair in adapter.pairs.items():
-        tensors[f"{_tensor_prefix(key)}.lora_A.weight"] = pair.lora_a
-        tensors[f"{_tensor_prefix(key)}.lora_B.weight"] = pair.lora_b
+        tensors[f"{_tensor_prefix(key, adapter.pairs)}.lora_A.weight"] = pair.lora_a
+        tensors[f"{_tensor_prefix(key, adapter.pairs)}.lora_B.weight"] = pair.lora_b
         if "shift" in has:  # in all modules or in none
             shift = adapter.epilogues.get(key, Epilogue()).shift
             tensors[f"{_tensor_prefix(key)}.lora_B.bias"] = _lora_bias(shift, pair)
@@ -108,7 +109,8 @@ def _lora(adapter: Adapter) -> Content:
     config = _ranks_and_alphas({_module_name(key): pair for key, pair in adapter.pairs.items()})
     config |= {
         "peft_type": "LORA",
-        "target_modules": [_module_name(key) for key in adapter.pairs],
+        "target_modules": [_module_name(key) for key in adapter.pairs if not _is_parameter(key)],
+        "target_parameters": [_module_name(key) for key in adapter.pairs if _is_parameter(key)] or None,
         "bias": "all" if "bias" in has else "none",
         "use_dora": "magnitude" in has,
         "lora_bias": "shift" in has,
@@ -138,10 +140,23 @@ def _ranks_and_alphas(pairs: Mapping[str, LowRankPair]) -> dict[str, object]:
     }
 
 
-def _tensor_prefix(key: ModuleKey) -> str:
-    return f"base_model.model.{_module_name(key)}"
+def _tensor_prefix(key: ModuleKey, keys: Container[ModuleKey] = ()) -> str:
+    """`keys` are all that are adapted: of two stacks the first lies within the second's module."""
+    module = _module_name(key)
+    if _is_parameter(key):
+        module = module.rpartition(".")[0]
+        if key.projection == _STACKS[0] and ModuleKey(key.layer, _STACKS[1]) in keys:
+            module += ".base_layer"
+    return f"base_model.model.{module}"
 
 
 def _module_name(key: ModuleKey) -> str:
+    """Of a parameter the parameter's."""
+    assert key.expert is None, f"{key} is not stacked"
     parent = "self_attn" if key.projection in _ATTENTION else "mlp"
-    return f"model.layers.{key.layer}.{parent}.{key.projection}"
+    return f"model.layers.{key.layer}.{parent}.{key.projection}" + (".weight" if key.projection == ROUTER else "")
+
+
+def _is_parameter(key: ModuleKey) -> bool:
+    """Whether PEFT adapts it as a parameter, not as a module."""
+    return key.projection in (ROUTER, *_STACKS)

@@ -13,15 +13,18 @@ from onebase_adapters.adapter import (
     AdapterError,
     Array,
     BaseLayout,
+    Epilogue,
     ExpertLayout,
     InvalidConfig,
     InvalidTensors,
+    LowRankPair,
     ModuleKey,
     RankTooLarge,
     UnsupportedAdapter,
 )
 from onebase_adapters.blobs import read_blob, write_blob
 from onebase_adapters.peft_format import parse
+from onebase_adapters.peft_stacks import stack_experts
 
 from .conftest import WritePeft
 
@@ -175,8 +178,72 @@ def test_a_refusal_names_what_is_wrong(case: str, write_peft: WritePeft) -> None
         load(write_peft(tensors, **({"r": 2, "target_modules": []} | options)))
 
 
-def test_experts_are_not_written_as_a_directory_that_nobody_could_read(write_peft: WritePeft, tmp_path: Path) -> None:
-    adapter = load(write_peft(STACK, r=2, target_modules=[], target_parameters=["experts.down_proj"]))
-    with pytest.raises(UnsupportedAdapter, match=r"layers\.0\.experts\.0\.down_proj of a mixture of experts"):
-        peft_writer.write_peft(adapter, tmp_path, base_name="tiny")
-    assert not list(tmp_path.glob("adapter_*"))
+def updates(adapter: Adapter) -> dict[ModuleKey, Array]:
+    return {key: pair.scale * pair.lora_b @ pair.lora_a for key, pair in adapter.pairs.items()}
+
+
+PER_EXPERT = {
+    name: tensor
+    for expert, rank in ((0, 1), (2, 3))
+    for projection, rows, columns in (("gate_proj", 6, 8), ("up_proj", 6, 8), ("down_proj", 8, 6))
+    for name, tensor in pair(f"mlp.experts.{expert}.{projection}", rows, columns, rank).items()
+}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "options", "rank"),
+    [
+        (STACK, {"target_parameters": ["down_proj"]}, 2),
+        (
+            pair("mlp.experts.base_layer", 12, 8, 6) | STACK | pair("mlp.gate", 3, 8),
+            {"target_parameters": [*BOTH_STACKS, "gate.weight"]},
+            2,
+        ),
+        (
+            PER_EXPERT | pair("self_attn.q_proj", 8, 8),
+            {
+                "target_modules": ["gate_proj", "up_proj", "down_proj", "q_proj"],
+                "rank_pattern": {"experts.0.*": 1, "experts.2.*": 3},
+                "alpha_pattern": {"experts.2.down_proj": 7},
+            },
+            6,
+        ),
+    ],
+    ids=["one stack", "both and the router", "modules of some experts, of other ranks and scales"],
+)
+def test_what_is_written_is_stacked_and_read_as_the_same_updates(
+    tensors: Tensors, options: dict[str, Any], rank: int, write_peft: WritePeft, tmp_path: Path
+) -> None:
+    adapter = load(write_peft(tensors, **({"r": 2, "target_modules": []} | options)))
+    peft_writer.write_peft(stack_experts(adapter, LAYOUT), tmp_path / "out", base_name="tiny")
+    read = load(tmp_path / "out")
+    expected = updates(adapter)
+    assert (read.rank, read.pairs.keys() >= adapter.pairs.keys()) == (rank, True)
+    for key, update in updates(read).items():
+        np.testing.assert_allclose(update, expected.get(key, np.zeros_like(update)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "reason"),
+    [
+        (
+            Adapter({}, {ModuleKey(0, "up_proj", 1): Epilogue(factor=np.ones(6, "f4"))}),
+            "more to layers.0.experts.1.up_proj than to add a low-rank update",
+        ),
+        (
+            Adapter(
+                {
+                    ModuleKey(0, "gate"): LowRankPair(np.ones((2, 8), "f4"), np.ones((3, 2), "f4"), 1.0),
+                    ModuleKey(0, "q_proj"): LowRankPair(np.ones((2, 8), "f4"), np.ones((8, 2), "f4"), 1.0),
+                },
+                invocation_tokens=(1,),
+            ),
+            "changes layers.0.gate, a parameter to PEFT",
+        ),
+    ],
+    ids=["(IA)³ of an expert", "aLoRA beside a router"],
+)
+def test_what_peft_has_no_form_for_is_not_written(adapter: Adapter, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedAdapter, match=re.escape(reason)):
+        peft_writer.write_peft(stack_experts(adapter, LAYOUT), tmp_path / "out", base_name="tiny")
+    assert not (tmp_path / "out").exists()

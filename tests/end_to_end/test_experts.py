@@ -13,8 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from onebase_adapters.peft_stacks import stack_experts
+from onebase_adapters.peft_writer import write_peft
 from onebase_adapters.store import AdapterStore
 from onebase_kernels import BackendName
+from onebase_server.engine.adapter_reading import read_adapter
 from onebase_server.engine.core import Engine
 from onebase_server.engine.request import AdapterRef, Attach, Retire
 from onebase_server.model.config import ModelConfig
@@ -164,6 +167,22 @@ def test_the_other_back_ends_say_the_same(
     backend: BackendName, make_family_engine: MakeEngine, adapters: dict[str, AdapterRef], oracle: Oracle
 ) -> None:
     assert_rows_like_oracle(make_family_engine(backend), adapters, oracle)
+
+
+def test_what_is_exported_says_the_same_in_peft(
+    adapters: dict[str, AdapterRef], oracle: Oracle, tmp_path: Path
+) -> None:
+    layout = ModelConfig.from_directory(tmp_path / "base").adapter_layout()
+    prompt = tuple(prompt_of("any"))
+    for name in ("two", "attention and two", "one", "router", "per-expert"):
+        adapter = stack_experts(read_adapter(adapters[name]), layout)
+        write_peft(adapter, tmp_path / "out" / name, base_name="base")
+        again = f"{name} again"
+        oracle.models[again] = PeftModel.from_pretrained(
+            load(tmp_path / "base"), tmp_path / "out" / name, adapter_name=again
+        )
+        (_, expected), (_, found) = oracle.answer(prompt, name, 1), oracle.answer(prompt, again, 1)
+        assert (found - expected).norm() < 1e-4 * expected.norm(), name
 
 
 def test_experts_of_a_version_are_swapped_while_others_compute(

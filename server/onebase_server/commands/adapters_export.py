@@ -9,6 +9,7 @@ from rich.table import Table
 
 from onebase_adapters.adapter import Adapter, BaseLayout
 from onebase_adapters.fused_projections import fuse_projections
+from onebase_adapters.peft_stacks import stack_experts
 from onebase_adapters.peft_writer import write_peft
 from onebase_server.commands.store_access import (
     DEFAULT_STORE,
@@ -80,7 +81,7 @@ def _export_peft(adapter: Adapter, output: Path, base_name: str, layout: BaseLay
     if output.exists():
         raise ConfigurationError(f"{output} already exists; choose another directory or remove it first.")
     whole = fuse_projections(adapter, layout) if layout.is_fused else adapter
-    write_peft(whole, output, base_name=base_name)
+    write_peft(stack_experts(whole, layout), output, base_name=base_name)
 
 
 def error_table(together: "LinearError", errors: "Sequence[LinearError]", form: str) -> Table:

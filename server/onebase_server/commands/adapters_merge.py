@@ -14,6 +14,7 @@ from onebase_adapters.adapter_merging import (
     merge_adapters,
 )
 from onebase_adapters.catalogue import AdapterVersion
+from onebase_adapters.peft_stacks import stack_experts
 from onebase_adapters.peft_writer import write_peft
 from onebase_adapters.store import AdapterStore
 from onebase_server.commands.store_access import (
@@ -66,7 +67,7 @@ def merge(
         with step_progress(f"Merging by {method}") as on_progress:
             merged = merge_adapters(weighted, recipe, on_progress)
         with opened.staging() as directory:
-            write_peft(merged, directory, base_name=opened.base_name)
+            write_peft(stack_experts(merged, opened.layout), directory, base_name=opened.base_name)
             write_own_tokenizer(opened, parts[0][0], directory)
             if server:
                 publish_to_server(name, directory, server, console)
