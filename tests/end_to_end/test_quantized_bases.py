@@ -31,7 +31,7 @@ def quantised_model(directory: Path, quantization: Quantization) -> PreTrainedMo
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            module.weight.data = dequantize(quantization.quantize(module.weight.data), torch.float32)
+            module.weight.data = dequantize(quantization.quantize(name, module.weight.data), torch.float32)
     return model
 
 

@@ -48,10 +48,11 @@ def export(
         Literal["bfloat16", "float32", "float16"], typer.Option(help="Of what is written unquantised.")
     ] = "bfloat16",
     base_quantization: Annotated[
-        Literal["nf4", "none"],
+        Literal["nf4", "fp4", "int4", "int8", "none"],
         typer.Option(help="What the adapter is added to: the base as `onebase serve` keeps it, or unquantised."),
     ] = "nf4",
-    double_quant: Annotated[bool, typer.Option(help="Quantise the NF4 block scales too.")] = True,
+    double_quant: Annotated[bool, typer.Option(help="Quantise the block scales of nf4 and fp4 too.")] = True,
+    group_size: Annotated[int, typer.Option(help="Of a base in int4.")] = 64,
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Write an adapter as a PEFT directory, or with --merged the base with it as an ordinary checkpoint."""
@@ -68,7 +69,7 @@ def export(
         else:
             from onebase_server.model import merged_checkpoint  # torch takes seconds to import
 
-            form = merged_checkpoint.ExportForm(quantization, dtype, base_quantization, double_quant)
+            form = merged_checkpoint.ExportForm(quantization, dtype, base_quantization, double_quant, group_size)
             with step_progress(f"Merging {name} into {base_name}") as on_progress:
                 errors = merged_checkpoint.export_merged(base, adapter, output, form, on_progress)
             together = merged_checkpoint.all_together(errors)

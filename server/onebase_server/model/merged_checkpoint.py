@@ -26,6 +26,7 @@ from onebase_server.model.arrays import float32
 from onebase_server.model.checkpoint import INDEX_FILE, Checkpoint
 from onebase_server.model.checkpoint_writer import Progress, write_checkpoint
 from onebase_server.model.config import ModelConfig
+from onebase_server.model.weight_formats import FormatName
 from onebase_server.model.weights import check_tensors
 
 Quantization = Literal["nf4", "none"]
@@ -44,9 +45,11 @@ class ExportForm:
     """Of the linears that are written."""
     dtype: Dtype = "bfloat16"
     """Of everything that is written unquantised."""
-    base_quantization: Quantization = "nf4"
+    base_quantization: FormatName | Literal["none"] = "nf4"
     """Of the base that the adapter is added to; a checkpoint that is quantised already stays as it is."""
     double_quant: bool = True
+    group_size: int = 64
+    """Of the base in int4."""
 
 
 @dataclass(frozen=True)
@@ -201,9 +204,12 @@ class _Merger:
         """A linear's weight as it is served."""
         stored = weight_formats.tensor_names(name, self._checkpoint.shapes)
         weight = weight_formats.from_tensors(name, self._checkpoint.read(stored))
-        if isinstance(weight, Tensor) and self._form.base_quantization == "nf4":
-            return quantize_nf4(weight, self._form.double_quant)
-        return weight
+        if not isinstance(weight, Tensor) or self._form.base_quantization == "none":
+            return weight
+        quantization = weight_formats.Quantization(
+            self._form.base_quantization, self._form.double_quant, self._form.group_size
+        )
+        return quantization.quantize(name.removesuffix(".weight"), weight)
 
     def _merge(
         self, module: str, weight: Tensor | QuantizedWeight, parts: Sequence[_AdapterPart]

@@ -88,13 +88,7 @@ def _shards(
         tensors = source.read(layer_shapes(config, layer))
         for name in linear_shapes(config, layer):
             weight = tensors.pop(f"{name}.weight")
-            try:
-                quantised = quantization.quantize(weight.to(device))
-            except ValueError as error:
-                raise ConfigurationError(
-                    f"{name} cannot be quantised to {quantization.name}: {error} "
-                    "Choose a smaller --group-size or another --quantization."
-                ) from error
+            quantised = quantization.quantize(name, weight.to(device))
             tensors |= weight_formats.to_tensors(f"{name}.weight", quantised, weight.dtype)
         yield tensors
 

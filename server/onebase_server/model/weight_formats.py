@@ -21,8 +21,11 @@ from onebase_kernels import (
     quantize_nf4,
 )
 from onebase_kernels.blockwise import FP4, NF4
+from onebase_server.errors import ConfigurationError
 from onebase_server.model import bnb_format, int4_format, int8_format
 from onebase_server.settings import EngineSettings
+
+FormatName = Literal["nf4", "fp4", "int4", "int8"]
 
 
 class _Reader(Protocol):
@@ -67,7 +70,7 @@ def to_tensors(weight_name: str, weight: QuantizedWeight, source_dtype: torch.dt
 class Quantization:
     """How linears are to be quantised."""
 
-    name: Literal["nf4", "fp4", "int4", "int8"]
+    name: FormatName
     double_quant: bool = True
     """Of nf4 and fp4."""
     group_size: int = 64
@@ -80,8 +83,21 @@ class Quantization:
             return None
         return cls(settings.quantization, settings.double_quant, settings.group_size)
 
-    def quantize(self, weight: Tensor) -> QuantizedWeight:
-        """A weight [out, in] in that format; raises ValueError where its inputs make no whole groups."""
+    def quantize(self, module: str, weight: Tensor) -> QuantizedWeight:
+        """The weight [out, in] of a module in that format.
+
+        Raises:
+            ConfigurationError: its inputs make no whole groups.
+        """
+        try:
+            return self._quantize(weight)
+        except ValueError as error:
+            raise ConfigurationError(
+                f"{module} cannot be quantised to {self.name}: {error} "
+                "Choose a smaller --group-size or another --quantization."
+            ) from error
+
+    def _quantize(self, weight: Tensor) -> QuantizedWeight:
         match self.name:
             case "nf4":
                 return quantize_nf4(weight, self.double_quant)

@@ -140,6 +140,15 @@ def test_nf4_is_what_bitsandbytes_makes_of_the_merged_weight(double_quant, base,
     assert error.relative == pytest.approx(float(distance.norm() / merged.norm()), rel=1e-4)
 
 
+@pytest.mark.parametrize("quantization", ["fp4", "int4", "int8"])
+def test_the_adapter_is_added_to_the_base_as_it_is_served(quantization, base, adapter, engine_settings, tmp_path):
+    decoder = load_decoder(base, engine_settings(quantization=quantization, group_size=32))
+    form = ExportForm(dtype="float32", base_quantization=quantization, group_size=32)
+    export_merged(base, adapter, tmp_path / "out", form)
+    served = decoder.weights.layers[1].qkv.weight(1)
+    assert torch.equal(tensors_of(tmp_path / "out")[f"{UNTOUCHED}.weight"], served)
+
+
 def test_linears_that_the_adapter_leaves_alone_keep_their_codes(base, adapter, engine_settings, tmp_path):
     load_decoder(base, engine_settings())
     (cached,) = (path for path in (tmp_path / "cache" / "nf4").iterdir() if path.is_dir())

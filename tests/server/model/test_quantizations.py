@@ -56,7 +56,7 @@ def logits_with_rounded_linears(model: PreTrainedModel, quantization: Quantizati
     """Of Transformers, each linear of the layers replaced by what its quantised form stands for."""
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            module.weight.data = dequantize(quantization.quantize(module.weight.data), torch.float32)
+            module.weight.data = dequantize(quantization.quantize(name, module.weight.data), torch.float32)
     with torch.no_grad():
         return model(input_ids=torch.tensor([TOKENS])).logits[0]
 
