@@ -21,12 +21,13 @@ import onebase_server
 from onebase_adapters.store import AdapterStore
 from onebase_server.api.app import create_app
 from onebase_server.engine.client import EngineClient
-from onebase_server.engine.request import Ready
+from onebase_server.engine.request import EngineMemory
 from onebase_server.errors import ConfigurationError
 from onebase_server.metrics import Metrics, memory_parts
 from onebase_server.model.config import ModelConfig
 from onebase_server.model.hub import resolve_base
 from onebase_server.model.tokenizer import Tokenizer, read_base_tokenizer
+from onebase_server.model.weight_report import WeightReport
 from onebase_server.process_memory import return_free_memory
 from onebase_server.settings import Settings
 
@@ -117,7 +118,9 @@ class Announcer:
             f"[bold green]Ready[/] after {time.perf_counter() - self._started:.1f} s "
             f"with a context of {ready.max_model_len} tokens."
         )
-        self._say(f"  memory    {_describe_memory(ready)}")
+        self._say(f"  weights   {_describe_weights(ready.weights)}")
+        self._say(f"  error     {_describe_error(ready.weights)}")
+        self._say(f"  memory    {_describe_memory(ready.stats.memory)}")
         self._say("Try:")
         self._say(_example(address, names[0] if names else self._settings.served_name))
 
@@ -168,14 +171,31 @@ def _configure_logging(level: str) -> None:
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
 
 
-def _describe_memory(ready: Ready) -> str:
-    """`470 MiB: weights 106 (4.13 bits a parameter of the linears), KV cache 1, …`."""
-    parts = memory_parts(ready.stats.memory)
+def _describe_weights(report: WeightReport) -> str:
+    """`106 MiB: linears 51 (4.127 bits a parameter), embedding and head 54, norms and biases 0`."""
+    return (
+        f"{report.total_bytes / 2**20:,.0f} MiB: linears {report.linear_bytes / 2**20:,.0f} "
+        f"({report.bits_per_parameter:.3f} bits a parameter), embedding and head "
+        f"{report.embedding_bytes / 2**20:,.0f}, norms and biases {report.other_bytes / 2**20:,.0f}"
+    )
+
+
+def _describe_error(report: WeightReport) -> str:
+    """`9.25 % of the weights, most in layers.0.self_attn.k_proj (9.71 %), …`, or why there is none to tell."""
+    if report.error is None:
+        return "unknown: the checkpoint came quantised" if report.is_quantized else "none: nothing is quantised"
+    worst = ", ".join(f"{e.name.removeprefix('model.')} ({e.relative:.2%})" for e in report.error.worst)
+    return f"{report.error.relative:.2%} of the weights, most in {worst}"
+
+
+def _describe_memory(memory: EngineMemory) -> str:
+    """`470 MiB: weights 106, KV cache 1, …`."""
+    parts = memory_parts(memory)
     mebibytes = {part: f"{count / 2**20:,.0f}" for part, count in parts.items()}
     return (
-        f"{sum(parts.values()) / 2**20:,.0f} MiB: weights {mebibytes['weights']} ({ready.weight_bits:.3f} bits a "
-        f"parameter of the linears), KV cache {mebibytes['kv_cache']}, adapters {mebibytes['adapters']}, activations "
-        f"{mebibytes['activations']}, engine {mebibytes['runtime']}, API {mebibytes['api']}"
+        f"{sum(parts.values()) / 2**20:,.0f} MiB: weights {mebibytes['weights']}, KV cache {mebibytes['kv_cache']}, "
+        f"adapters {mebibytes['adapters']}, activations {mebibytes['activations']}, engine {mebibytes['runtime']}, "
+        f"API {mebibytes['api']}"
     )
 
 

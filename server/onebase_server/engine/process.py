@@ -70,7 +70,7 @@ def load_engine(settings: EngineSettings, inbox: Inbox) -> tuple[Engine, Ready]:
         adapter_bytes_total=engine.adapter_pool.bytes_total,
         adapter_element_bytes=decoder.dtype.itemsize,
         quantization=decoder.config.quantization or settings.quantization,
-        weight_bits=decoder.weights.report().bits_per_parameter,
+        weights=decoder.weights.report(),
         stats=engine.stats(),
     )
     return engine, ready

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import msgspec
 
+from onebase_server.model.weight_report import WeightReport
+
 
 class Struct(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Base of every message: immutable, keyword-only, tagged with its class name on the wire."""
@@ -237,8 +239,7 @@ class Ready(Struct, frozen=True):
     adapter_element_bytes: int
     """Bytes that one number of an adapter takes on the device."""
     quantization: str
-    weight_bits: float
-    """Of a linear's parameter, scales included."""
+    weights: WeightReport
     stats: EngineStats
 
 

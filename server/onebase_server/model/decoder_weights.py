@@ -10,6 +10,7 @@ from onebase_kernels import PackedWeights
 from onebase_server.model.linear import LinearGroup
 from onebase_server.model.mlp import Mlp
 from onebase_server.model.norm import Norm
+from onebase_server.model.weight_report import QuantizationError, WeightReport
 
 
 class LayerNorms(NamedTuple):
@@ -44,28 +45,6 @@ class LayerWeights:
 
 
 @dataclass(frozen=True)
-class WeightReport:
-    """Bytes by part, and what the linears cost per parameter."""
-
-    linear_parameters: int
-    linear_bytes: int
-    embedding_bytes: int
-    """Embedding and head; once where they are tied."""
-    other_bytes: int
-    """Norms and biases."""
-
-    @property
-    def bits_per_parameter(self) -> float:
-        """Of the linears, scales included."""
-        return 8 * self.linear_bytes / self.linear_parameters
-
-    @property
-    def total_bytes(self) -> int:
-        """All parts together."""
-        return self.linear_bytes + self.embedding_bytes + self.other_bytes
-
-
-@dataclass(frozen=True)
 class DecoderWeights:
     """All of the base."""
 
@@ -76,6 +55,8 @@ class DecoderWeights:
     """The last one, before the head."""
     head: Tensor | PackedWeights
     """[vocab, hidden]; the embedding itself where the two are tied, unless it is quantised."""
+    quantization_error: QuantizationError | None = None
+    """Of the linears; None as in `WeightReport.error`."""
 
     @property
     def norms(self) -> DecoderNorms:
@@ -89,7 +70,7 @@ class DecoderWeights:
             yield from (layer.qkv, layer.o, *layer.mlp.groups)
 
     def report(self) -> WeightReport:
-        """What they take in memory."""
+        """What they take in memory, and what quantising them has lost."""
         norms = [self.norm, *(norm for layer in self.layers for norm in layer.norms)]
         biases = [group.bias for group in self.groups]
         return WeightReport(
@@ -97,4 +78,6 @@ class DecoderWeights:
             linear_bytes=sum(group.nbytes for group in self.groups),
             embedding_bytes=self.embedding.nbytes + (0 if self.head is self.embedding else self.head.nbytes),
             other_bytes=sum(part.nbytes for part in (*norms, *biases) if part is not None),
+            is_quantized=any(not isinstance(part, Tensor) for group in self.groups for part in group.parts),
+            error=self.quantization_error,
         )

@@ -1,4 +1,4 @@
-"""The quantised form of a checkpoint, kept in the cache directory as a checkpoint that came quantised would be.
+"""The quantised form of a checkpoint, kept in the cache directory as a checkpoint that came quantised, with its error.
 
 It is made once, layer by layer, so that the peak of memory is one layer, and appears whole or not at all.
 """
@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from onebase_kernels import QuantizedWeight, dequantize
 from onebase_server.errors import ConfigurationError
 from onebase_server.model import weight_formats
 from onebase_server.model.checkpoint import Checkpoint
@@ -22,8 +23,9 @@ from onebase_server.model.checkpoint_writer import Progress, write_checkpoint
 from onebase_server.model.config import ModelConfig
 from onebase_server.model.names import layer_shapes, linear_shapes, outer_shapes
 from onebase_server.model.weight_formats import Quantization
+from onebase_server.model.weight_report import LinearError, write_errors
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of the fingerprint; another number makes every cached form anew."""
 
 
@@ -69,10 +71,12 @@ def _build(
     shutil.rmtree(partial, ignore_errors=True)  # an earlier process was killed here; the lock says none is at work
     partial.mkdir()
     try:
-        shards = _shards(source, config, quantization, device)
+        errors: list[LinearError] = []
+        shards = _shards(source, config, quantization, device, errors)
         write_checkpoint(
             partial, shards, config.num_layers + 1, _config_json(source.directory, quantization), on_progress
         )
+        write_errors(partial, errors)
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -80,17 +84,28 @@ def _build(
 
 
 def _shards(
-    source: Checkpoint, config: ModelConfig, quantization: Quantization, device: torch.device
+    source: Checkpoint,
+    config: ModelConfig,
+    quantization: Quantization,
+    device: torch.device,
+    errors: list[LinearError],
 ) -> Iterator[dict[str, Tensor]]:
-    """The tensors of each file to write: what is in no layer, then layer by layer."""
+    """The tensors of each file to write: what is in no layer, then layer by layer; what is lost goes to `errors`."""
     yield source.read(outer_shapes(config))
     for layer in range(config.num_layers):
         tensors = source.read(layer_shapes(config, layer))
         for name in linear_shapes(config, layer):
-            weight = tensors.pop(f"{name}.weight")
-            quantised = quantization.quantize(name, weight.to(device))
+            weight = tensors.pop(f"{name}.weight").to(device)
+            quantised = quantization.quantize(name, weight)
+            errors.append(_error(name, weight, quantised))
             tensors |= weight_formats.to_tensors(f"{name}.weight", quantised, weight.dtype)
         yield tensors
+
+
+def _error(name: str, weight: Tensor, quantised: QuantizedWeight) -> LinearError:
+    exact = weight.float()
+    lost = dequantize(quantised, torch.float32).sub_(exact)
+    return LinearError(name, float(lost.norm()), float(exact.norm()))
 
 
 def _config_json(source: Path, quantization: Quantization) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from onebase_server.model.mlp import ExpertMlp, GatedMlp, Mlp
 from onebase_server.model.norm import LayerNorm, Norm, RmsNorm
 from onebase_server.model.quantized_cache import quantized_checkpoint
 from onebase_server.model.weight_formats import Quantization
+from onebase_server.model.weight_report import read_error
 from onebase_server.settings import EngineSettings
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -121,6 +122,7 @@ class _Loader:
             layers=tuple(self._layer(layer) for layer in range(self.config.num_layers)),
             norm=self._norm(tensors, names.FINAL_NORM, self.config.scales.logits),
             head=packed_head,
+            quantization_error=read_error(self.checkpoint.directory),
         )
 
     def _pack_head(self, weight: Tensor) -> Tensor | PackedWeights:

@@ -44,7 +44,9 @@ def test_the_announcement_names_the_address_and_sigterm_ends_the_server_with_its
         read_until(process, r"base +tiny in ")
         read_until(process, r"adapters +none yet")
         read_until(process, "Ready")
-        read_until(process, r"memory +\d+ MiB: weights \d+ \((16|32)\.000 bits a parameter of the linears\), KV cache ")
+        read_until(process, r"weights +\d+ MiB: linears \d+ \((16|32)\.000 bits a parameter\), embedding and head ")
+        read_until(process, r"error +none: nothing is quantised")
+        read_until(process, r"memory +\d+ MiB: weights \d+, KV cache ")
         assert httpx.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": "x"}).status_code == 200
         engine = Path(f"/proc/{engine_of(process)}")
         assert engine.is_dir()
