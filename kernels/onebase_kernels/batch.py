@@ -50,6 +50,12 @@ class LoraBatch:
     alignment: int = 1
     """What every offset in the table is a multiple of: a power of two, for rows to be read in whole vectors."""
 
+    @classmethod
+    def empty(cls, dtype: torch.dtype, device: torch.device) -> "LoraBatch":
+        """No adapter for any token."""
+        table = torch.empty(0, 0, TABLE_COLUMNS, dtype=torch.int64, device=device)
+        return cls(torch.empty(0, dtype=dtype, device=device), table, segments=())
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionBatch:

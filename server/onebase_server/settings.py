@@ -15,6 +15,9 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+QuantizationName = Literal["nf4", "fp4", "int4", "int8", "none"]
+"""How the linears of an unquantised checkpoint are kept."""
+
 KernelsName = Literal["auto", "cpu", "triton", "bitsandbytes", "reference"]
 """A back end of onebase_kernels, or the fastest that can run."""
 
@@ -30,9 +33,7 @@ class EngineSettings(BaseModel):
     )
 
     # how to compute
-    quantization: Literal["nf4", "fp4", "int4", "int8", "none"] = Field(
-        "nf4", description="How the base's linears are kept."
-    )
+    quantization: QuantizationName = Field("nf4", description="How the base's linears are kept.")
     double_quant: bool = Field(
         True, description="With nf4 and fp4: quantise the block scales too (4.127 bits a parameter)."
     )

@@ -1,7 +1,7 @@
 """Fields of pydantic models as command-line flags: each is written once, with its type, its default and its help."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -16,10 +16,11 @@ Command = Callable[..., None]
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def with_flags(*models: type[BaseModel]) -> Callable[[Command], Command]:
+def with_flags(*models: type[BaseModel], only: Container[str] | None = None) -> Callable[[Command], Command]:
     """Give a command that takes `**flags` one optional flag per field; a flag that is not given is None.
 
-    Keys (`SecretStr`) get no flag: what stands on a command line is seen by everyone on the machine.
+    `only` names the fields, if not all get one. Keys (`SecretStr`) get none: what stands on a command line is seen by
+    everyone on the machine.
     """
 
     def decorate(command: Command) -> Command:
@@ -29,7 +30,7 @@ def with_flags(*models: type[BaseModel]) -> Callable[[Command], Command]:
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(name, field))
             for model in models
             for name, field in model.model_fields.items()
-            if _plain_type(field) is not SecretStr
+            if _plain_type(field) is not SecretStr and (only is None or name in only)
         ]
         command.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined] # where typer looks
         return command

@@ -9,7 +9,14 @@ from onebase_server.commands.model_flags import flag_of, message_of, with_flags
 from onebase_server.errors import ConfigurationError
 from onebase_server.settings import Settings
 
+BASE_FLAGS = (
+    *("base", "revision", "cache_dir", "double_quant", "group_size", "quantize_head"),
+    *("dtype", "device", "kernels", "threads", "max_model_len"),
+)
+"""Settings of a base and of how it computes, but not how its linears are kept."""
+
 with_settings_flags = with_flags(Settings)
+with_base_flags = with_flags(Settings, only=BASE_FLAGS)
 
 
 def read_settings(flags: dict[str, Any]) -> Settings:

@@ -54,11 +54,12 @@ class PrefixWriter:
         """
         rows = prefix.rows.to(self._decoder.device)
         if prefix.is_kv:
-            self._write_kv(rows, self._attention(0, rows.shape[0], blocks))
+            self._write_kv(rows, self._kv_cache.attention_of_one(blocks, 0, rows.shape[0]))
         else:
             for start in range(0, rows.shape[0], self._max_num_tokens):
                 chunk = rows[start : start + self._max_num_tokens]
-                self._prefill(chunk, start, self._attention(start, start + chunk.shape[0], blocks))
+                attention = self._kv_cache.attention_of_one(blocks, start, start + chunk.shape[0])
+                self._prefill(chunk, start, attention)
 
     @torch.inference_mode()
     def copy(self, source: int, target: int) -> None:
@@ -76,17 +77,5 @@ class PrefixWriter:
     def _prefill(self, rows: Tensor, start: int, attention: AttentionBatch) -> None:
         """Rows [tokens, hidden] in place of embeddings, from position `start` on, through the base alone."""
         places = torch.arange(rows.shape[0], device=rows.device)
-        nobody = LoraBatch(arena=rows.new_empty(0), table=places.new_empty(0, 0, kernels.TABLE_COLUMNS), segments=())
+        nobody = LoraBatch.empty(rows.dtype, rows.device)
         self._decoder.forward(StepInputs(places, start + places, attention, nobody), self._kv_cache, embedding=rows)
-
-    def _attention(self, start: int, stop: int, blocks: list[int]) -> AttentionBatch:
-        """One sequence, whose tokens `start … stop - 1` are computed."""
-        device, size = self._decoder.device, self._kv_cache.block_size
-        block_table = torch.tensor(blocks, dtype=torch.int32, device=device)
-        positions = torch.arange(start, stop, device=device)
-        return AttentionBatch(
-            query_starts=(0, stop - start),
-            context_lens=(stop,),
-            block_tables=block_table.unsqueeze(0),
-            slot_mapping=block_table[positions // size].to(torch.int64) * size + positions % size,
-        )

@@ -1,5 +1,6 @@
 """The memory of the paged KV cache: allocated here, handed out by the engine, read and written by the ops."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 import onebase_kernels as kernels
+from onebase_kernels import AttentionBatch
 from onebase_server.model.config import ModelConfig
 
 
@@ -41,6 +43,18 @@ class KvCache:
     def nbytes(self) -> int:
         """Bytes of all layers together."""
         return self.whole.nbytes
+
+    def attention_of_one(self, blocks: Sequence[int], start: int, stop: int) -> AttentionBatch:
+        """A step of one sequence, whose KV lies in `blocks` and whose tokens `start … stop - 1` are computed."""
+        block_table = torch.tensor(blocks, dtype=torch.int32, device=self.whole.device)
+        positions = torch.arange(start, stop, device=self.whole.device)
+        return AttentionBatch(
+            query_starts=(0, stop - start),
+            context_lens=(stop,),
+            block_tables=block_table.unsqueeze(0),
+            slot_mapping=block_table[positions // self.block_size].long() * self.block_size
+            + positions % self.block_size,
+        )
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy a block in all layers."""
