@@ -3,12 +3,11 @@
 Plain numbers: it computes no weights and needs no torch.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import hypot
 from pathlib import Path
-
-import msgspec
 
 ERRORS_FILE = "quantization_error.json"
 """Lies beside a checkpoint that was quantised here: a list of `LinearError`."""
@@ -77,7 +76,8 @@ class WeightReport:
 
 def write_errors(directory: Path, linears: Sequence[LinearError]) -> None:
     """Keep the errors of a quantised checkpoint beside it."""
-    (directory / ERRORS_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(linears), indent=1))
+    content = json.dumps([asdict(linear) for linear in linears], indent=1)
+    (directory / ERRORS_FILE).write_text(content + "\n", encoding="utf-8")
 
 
 def read_error(directory: Path) -> QuantizationError | None:
@@ -85,4 +85,4 @@ def read_error(directory: Path) -> QuantizationError | None:
     file = directory / ERRORS_FILE
     if not file.is_file():
         return None
-    return QuantizationError.of(msgspec.json.decode(file.read_bytes(), type=list[LinearError]))
+    return QuantizationError.of([LinearError(**linear) for linear in json.loads(file.read_text(encoding="utf-8"))])
