@@ -23,8 +23,6 @@ from onebase_server.settings import EngineSettings, QuantizationName, Settings
 
 MAX_WINDOW = 2048
 """Tokens of a window unless `--max-model-len` says otherwise: what papers on quantisation measure with."""
-AS_IT_CAME = "as it came"
-"""Stands for the quantisation of a checkpoint that is quantised already, and is loaded so whatever the settings say."""
 
 
 class _Row(NamedTuple):
@@ -39,7 +37,7 @@ def show_perplexities(file: Path, settings: Settings, chosen: str | None) -> Non
     Raises:
         ConfigurationError: the file is no text or holds too little of it, or the base or a setting is wrong.
     """
-    quantizations = _read_choice(chosen)
+    names = _read_choice(chosen)
     base = resolve_base(settings.base, settings.revision, settings.cache_dir)
     config = ModelConfig.from_directory(base)
     window = settings.max_model_len or min(config.max_context, MAX_WINDOW)
@@ -50,10 +48,18 @@ def show_perplexities(file: Path, settings: Settings, chosen: str | None) -> Non
     device = resolve_device(engine.device)
     use_kernels(engine.kernels, device)
     kernels.set_num_threads(engine.threads or len(os.sched_getaffinity(0)))
-    if config.quantization is not None:
-        quantizations = [AS_IT_CAME]
-    rows = [_measure(base, engine, quantization, token_ids) for quantization in quantizations]
-    Console().print(_table(rows, f"{file.name}: {len(token_ids):,} tokens in windows of {window:,}"))
+    forms = {name: engine.model_copy(update={"quantization": name}) for name in names}
+    if config.quantization is not None:  # it is loaded as it came, whatever the settings say
+        forms = {config.quantization: engine}
+    rows, failures = [], []
+    for name, form in forms.items():
+        try:
+            rows.append(_measure(base, form, name, token_ids))
+        except ConfigurationError as error:
+            failures.append(f"{name}: {error}")
+    if not rows:
+        raise ConfigurationError("\n".join(failures))
+    Console().print(_table(rows, f"{file.name}: {len(token_ids):,} tokens in windows of {window:,}"), *failures)
 
 
 def _read_choice(chosen: str | None) -> list[str]:
@@ -80,14 +86,12 @@ def _read_tokens(file: Path, base: Path) -> list[int]:
     return token_ids
 
 
-def _measure(base: Path, settings: EngineSettings, quantization: str, token_ids: Sequence[int]) -> _Row:
-    if quantization != AS_IT_CAME:
-        settings = settings.model_copy(update={"quantization": quantization})
-    with step_progress(f"Loading the base ({quantization})") as on_progress:
+def _measure(base: Path, settings: EngineSettings, name: str, token_ids: Sequence[int]) -> _Row:
+    with step_progress(f"Loading the base ({name})") as on_progress:
         decoder = load_decoder(base, settings, on_progress)
-    with step_progress(f"Reading the text ({quantization})") as on_progress:
+    with step_progress(f"Reading the text ({name})") as on_progress:
         perplexity = measure_perplexity(decoder, token_ids, on_progress)
-    return _Row(quantization, decoder.weights.report(), perplexity)
+    return _Row(name, decoder.weights.report(), perplexity)
 
 
 def _table(rows: Sequence[_Row], title: str) -> Table:

@@ -77,9 +77,17 @@ def test_a_checkpoint_that_came_quantised_has_one_row(
     (cached,) = (path for path in (tmp_path / "cache" / "nf4").iterdir() if path.is_dir())
     (cached / "tokenizer.json").write_bytes((random_base / "tokenizer.json").read_bytes())
     told = rows(doctor(b"a text of letters", "--base", str(cached)))
-    assert list(told) == ["as it came"]
-    assert told["as it came"][0] == quantised[0]
-    assert told["as it came"][1] == "unknown"
+    assert list(told) == ["nf4"]
+    assert told["nf4"][0] == quantised[0]
+    assert told["nf4"][1] == "unknown"
+
+
+def test_a_quantisation_that_the_base_cannot_have_is_told_below_the_others(doctor: Callable[..., Result]) -> None:
+    """Its 48 inputs make no whole groups of 64."""
+    result = doctor(b"a text of letters")
+    assert list(rows(result)) == ["none", "nf4", "fp4", "int8"]
+    assert "int4: model.layers.0" in result.stdout
+    assert "no multiple of the group size 64" in " ".join(result.stdout.split())
 
 
 @pytest.mark.parametrize(
