@@ -203,7 +203,7 @@ class _Merger:
     def _read_weight(self, name: str) -> Tensor | QuantizedWeight:
         """A linear's weight as it is served."""
         stored = weight_formats.tensor_names(name, self._checkpoint.shapes)
-        weight = weight_formats.from_tensors(name, self._checkpoint.read(stored))
+        weight = weight_formats.from_tensors(name, self._checkpoint.read(stored), self.config.quantization)
         if not isinstance(weight, Tensor) or self._form.base_quantization == "none":
             return weight
         quantization = weight_formats.Quantization(

@@ -22,33 +22,44 @@ from onebase_kernels import (
 )
 from onebase_kernels.blockwise import FP4, NF4
 from onebase_server.errors import ConfigurationError
-from onebase_server.model import bnb_format, int4_format, int8_format
+from onebase_server.model import bnb_format, int4_format, int8_format, packed_int4_format
 from onebase_server.settings import EngineSettings
 
 FormatName = Literal["nf4", "fp4", "int4", "int8"]
 
 
-class _Reader(Protocol):
-    """What the module of a format reads with."""
+class _Format(Protocol):
+    """What the module of a format knows."""
 
     def tensor_names(self, weight_name: str, names: Collection[str]) -> list[str]:
         """The tensors that a weight consists of; none where it is in another format."""
+
+
+class _Reader(_Format, Protocol):
+    """What it reads with, where the tensors alone say what they are."""
 
     def from_tensors(self, weight_name: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
         """The weight that those tensors describe; raises ConfigurationError where they are not a whole one."""
 
 
 _READERS: tuple[_Reader, ...] = (bnb_format, int4_format, int8_format)
+_FORMATS: tuple[_Format, ...] = (*_READERS, packed_int4_format)
 
 
 def tensor_names(weight_name: str, names: Collection[str]) -> list[str]:
     """The tensors that a weight consists of among those of a checkpoint; itself, where it is not quantised."""
-    found = (reader.tensor_names(weight_name, names) for reader in _READERS)
+    found = (format_.tensor_names(weight_name, names) for format_ in _FORMATS)
     return next(filter(None, found), [weight_name])
 
 
-def from_tensors(weight_name: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight | Tensor:
-    """The weight that those tensors are; raises ConfigurationError where they are not a whole one of their format."""
+def from_tensors(weight_name: str, tensors: Mapping[str, Tensor], quantization: str | None) -> QuantizedWeight | Tensor:
+    """The weight that those tensors are; raises ConfigurationError where they are not a whole one of their format.
+
+    `quantization` is what `config.json` says: GPTQ's and AWQ's tensors have the same names, and not all have shapes of
+    their own.
+    """
+    if packed_int4_format.tensor_names(weight_name, tensors):
+        return packed_int4_format.from_tensors(weight_name, tensors, quantization)
     for reader in _READERS:
         if reader.tensor_names(weight_name, tensors):
             return reader.from_tensors(weight_name, tensors)

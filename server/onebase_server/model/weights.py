@@ -82,14 +82,25 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
     if missing := known - found.keys():
         raise ConfigurationError(f"{directory} lacks tensors of the model: {names.listed(missing)}.")
     unexpected = {name for name in found.keys() - known if not names.is_ignored(name, config)}
+    unexpected = {name for name in unexpected if not _is_bias_of_zeros(checkpoint, name)}
     if unexpected:
         raise ConfigurationError(
             f"{directory} has tensors that a {config.family} model of this config.json does not have: "
             f"{names.listed(unexpected)}."
         )
+    quantised = {name for name in expected if stored[name] != [name]}
+    if quantised and config.quantization is None:
+        raise ConfigurationError(
+            f"{directory} has quantised tensors, but its config.json no quantization_config: {names.listed(quantised)}."
+        )
     for name, shape in expected.items():
-        if stored[name] == [name]:  # the shape of a quantised weight is not that of its codes
+        if name not in quantised:  # the shape of a quantised weight is not that of its codes
             _check_shape(directory, name, found[name], shape)
+
+
+def _is_bias_of_zeros(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether it changes nothing: some GPTQ tools write such a bias for every linear."""
+    return name.endswith(".bias") and not checkpoint.read([name])[name].any()
 
 
 def _check_shape(directory: Path, name: str, found: names.Shape, expected: names.Shape) -> None:
@@ -176,7 +187,7 @@ class _Loader:
         name = f"{module}.weight"
         bias = tensors.get(f"{module}.bias")
         bias = None if bias is None else self._vector(bias)
-        weight = weight_formats.from_tensors(name, tensors)
+        weight = weight_formats.from_tensors(name, tensors, self.config.quantization)
         if isinstance(weight, Tensor):
             return Linear(self._dense(weight), bias)
         _check_shape(self.checkpoint.directory, name, weight.shape, shape)

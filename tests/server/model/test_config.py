@@ -247,7 +247,7 @@ def test_adapters_may_touch_every_linear() -> None:
             "layer_types should name full_attention or sliding_attention",
         ),
         (LLAMA | {"rope_scaling": {"rope_type": "longrope", "short_factor": [1]}}, "short_factor has 1 numbers"),
-        (LLAMA | {"quantization_config": {"quant_method": "gptq"}}, "quantised with gptq, which is not carried"),
+        (LLAMA | {"quantization_config": {"quant_method": "gptq", "bits": 8}}, "bits = 8 is not carried"),
         (LLAMA | {"quantization_config": {"quant_method": "fp8"}}, "quantised with fp8"),
         (
             LLAMA

@@ -265,7 +265,7 @@ def test_tensors_that_would_be_ignored_are_named(
 ) -> None:
     make_model("llama")
     bias = LAYER.replace("weight", "bias")
-    change_tensors(tmp_path / "model", lambda tensors: tensors.update({bias: torch.zeros(64)}))
+    change_tensors(tmp_path / "model", lambda tensors: tensors.update({bias: torch.ones(64)}))
     with pytest.raises(ConfigurationError, match=f"does not have: {bias}"):
         load_decoder(tmp_path / "model", engine_settings())
 
