@@ -17,11 +17,11 @@ from onebase_server.commands.store_access import (
     console,
     open_store,
     read_adapter,
+    require_base_of,
     resolve_reference,
     write_own_tokenizer,
 )
 from onebase_server.errors import ConfigurationError
-from onebase_server.model.config import ModelConfig
 from onebase_server.progress import step_progress
 
 if TYPE_CHECKING:
@@ -64,9 +64,8 @@ def export(
             _export_peft(adapter, output, base_name, layout)
         elif base is None:
             raise ConfigurationError(f"--merged needs the base to merge into: --base DIRECTORY of {base_name}.")
-        elif ModelConfig.from_directory(base).adapter_layout() != layout:
-            raise ConfigurationError(f"{base} is another model than {base_name}, which this store's adapters are for.")
         else:
+            require_base_of(opened, base)
             from onebase_server.model import merged_checkpoint  # torch takes seconds to import
 
             form = merged_checkpoint.ExportForm(quantization, dtype, base_quantization, double_quant, group_size)

@@ -1,11 +1,12 @@
-"""`onebase adapters merge`: several adapters of a store to one, published as any other."""
+"""`onebase adapters merge`: several adapters of a store to one, published as any other, or folded into an int4 base."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from onebase_adapters.adapter import InvalidMerge
+from onebase_adapters.adapter import Adapter, InvalidMerge
 from onebase_adapters.adapter_merging import (
     MergeMethod,
     MergeRecipe,
@@ -23,6 +24,7 @@ from onebase_server.commands.store_access import (
     console,
     open_store,
     read_adapter,
+    require_base_of,
     resolve_reference,
     version_table,
     write_own_tokenizer,
@@ -35,7 +37,9 @@ DEFAULTS = MergeRecipe()
 
 
 def merge(
-    name: Annotated[str, typer.Argument(help="Name to publish the merged adapter under.")],
+    name: Annotated[
+        str, typer.Argument(help="Name to publish the merged adapter under; with --into-base the directory to write.")
+    ],
     sources: Annotated[
         list[str],
         typer.Argument(
@@ -55,6 +59,17 @@ def merge(
         int | None, typer.Option(help="Rank of the result of svd; by default the largest of the sources'.")
     ] = DEFAULTS.rank,
     seed: Annotated[int, typer.Option(min=0, help="Of what dare_linear and dare_ties drop.")] = DEFAULTS.seed,
+    into_base: Annotated[
+        Path | None,
+        typer.Option(
+            help="Fold QA-LoRA into this int4 base instead, exactly: write it with other minimums.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(min=1, help="Of int4, for an unquantised --into-base: the one it is served with.")
+    ] = None,
     store: StoreOption = DEFAULT_STORE,
     server: ServerOption = None,
 ) -> None:
@@ -66,6 +81,12 @@ def merge(
         weighted = [WeightedAdapter(read_adapter(opened, version), weight) for version, weight in parts]
         with step_progress(f"Merging by {method}") as on_progress:
             merged = merge_adapters(weighted, recipe, on_progress)
+        if into_base is not None:
+            require_base_of(opened, into_base)
+            _fold(merged, into_base, Path(name), group_size)
+            write_own_tokenizer(opened, parts[0][0], Path(name))
+            console.print(f"Wrote {name}.", highlight=False)
+            return
         with opened.staging() as directory:
             write_peft(stack_experts(merged, opened.layout), directory, base_name=opened.base_name)
             write_own_tokenizer(opened, parts[0][0], directory)
@@ -73,6 +94,13 @@ def merge(
                 publish_to_server(name, directory, server, console)
             else:
                 console.print(version_table([opened.publish(name, directory)], title="Published"))
+
+
+def _fold(merged: Adapter, base: Path, output: Path, group_size: int | None) -> None:
+    from onebase_server.model.zero_point_merge import merge_into_base  # torch takes seconds to import
+
+    with step_progress(f"Folding it into {base.name}") as on_progress:
+        merge_into_base(base, merged, output, group_size, on_progress)
 
 
 def _read_source(store: AdapterStore, source: str) -> tuple[AdapterVersion, float]:

@@ -51,6 +51,14 @@ def open_store(root: Path, base: Path | None = None, base_name: str | None = Non
         raise typer.Exit(1) from error
 
 
+def require_base_of(store: AdapterStore, base: Path) -> None:
+    """Raise ConfigurationError unless a base's directory is one that the store's adapters fit."""
+    if ModelConfig.from_directory(base).adapter_layout() != store.layout:
+        raise ConfigurationError(
+            f"{base} is another model than {store.base_name}, which this store's adapters are for."
+        )
+
+
 def version_table(versions: Sequence[AdapterVersion], *, title: str) -> Table:
     """A row for each version."""
     table = Table(title=title, title_justify="left")

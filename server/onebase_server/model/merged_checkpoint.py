@@ -5,8 +5,6 @@ quantised from. It knows nothing of stores, and writes the directory whole or no
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import hypot
@@ -19,22 +17,17 @@ from torch import Tensor
 from onebase_adapters.adapter import Adapter, Epilogue, LowRankPair, ModuleKey, UnsupportedAdapter
 from onebase_kernels import BlockwiseWeight, QuantizedWeight, dequantize, quantize_nf4
 from onebase_kernels.blockwise import NF4
-from onebase_server.errors import ConfigurationError
 from onebase_server.model import bnb_format, names, weight_formats
 from onebase_server.model.adapted_linear import adapted_bias, adapted_weight
 from onebase_server.model.arrays import float32
-from onebase_server.model.checkpoint import INDEX_FILE, Checkpoint
-from onebase_server.model.checkpoint_writer import Progress, write_checkpoint
+from onebase_server.model.checkpoint import Checkpoint
+from onebase_server.model.checkpoint_writer import Progress, write_model
 from onebase_server.model.config import ModelConfig
 from onebase_server.model.weight_formats import FormatName
 from onebase_server.model.weights import check_tensors
 
 Quantization = Literal["nf4", "none"]
 Dtype = Literal["bfloat16", "float32", "float16"]
-
-_COPIED = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "LICENSE*")
-"""What a model directory has beside its weights: the tokenizer, generation defaults, terms."""
-_WRITTEN = ("config.json", INDEX_FILE)
 
 
 @dataclass(frozen=True)
@@ -90,17 +83,8 @@ def export_merged(
         UnsupportedAdapter: the adapter is no change of weights, or gives a bias to a linear that can have none.
     """
     adapter.require_mergeable()
-    if output.exists():
-        raise ConfigurationError(f"{output} already exists; choose another directory or remove it first.")
     merger = _Merger(base, adapter, form)
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.mkdir(parents=True)
-        write_checkpoint(unfinished, merger.shards(), merger.config.num_layers + 1, merger.config_json(), on_progress)
-        _copy_the_rest(base, unfinished)
-        unfinished.rename(output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    write_model(output, base, merger.shards(), merger.config.num_layers + 1, merger.config_json(), on_progress)
     return merger.errors
 
 
@@ -269,10 +253,3 @@ def _needed_bias_options(adapter: Adapter, config: ModelConfig) -> frozenset[str
             )
         needed.add(option)
     return frozenset(needed)
-
-
-def _copy_the_rest(base: Path, directory: Path) -> None:
-    for pattern in _COPIED:
-        for path in base.glob(pattern):
-            if path.name not in _WRITTEN:
-                shutil.copyfile(path, directory / path.name)
