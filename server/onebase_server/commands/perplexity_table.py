@@ -1,7 +1,7 @@
 """`onebase doctor --perplexity`: a base in each of its quantisations, one after another, on the user's own text."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -43,22 +43,14 @@ def show_perplexities(file: Path, settings: Settings, chosen: str | None) -> Non
     window = settings.max_model_len or min(config.max_context, MAX_WINDOW)
     if window < 2:
         raise ConfigurationError("--max-model-len should be at least 2: a token is predicted from those before it.")
-    engine = settings.engine.model_copy(update={"max_model_len": window})
     token_ids = _read_tokens(file, base)
-    device = resolve_device(engine.device)
-    use_kernels(engine.kernels, device)
-    kernels.set_num_threads(engine.threads or len(os.sched_getaffinity(0)))
+    use_kernels(settings.kernels, resolve_device(settings.device))
+    kernels.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+    engine = settings.engine.model_copy(update={"max_model_len": window})
     forms = {name: engine.model_copy(update={"quantization": name}) for name in names}
     if config.quantization is not None:  # it is loaded as it came, whatever the settings say
         forms = {config.quantization: engine}
-    rows, failures = [], []
-    for name, form in forms.items():
-        try:
-            rows.append(_measure(base, form, name, token_ids))
-        except ConfigurationError as error:
-            failures.append(f"{name}: {error}")
-    if not rows:
-        raise ConfigurationError("\n".join(failures))
+    rows, failures = _measure_all(base, forms, token_ids)
     Console().print(_table(rows, f"{file.name}: {len(token_ids):,} tokens in windows of {window:,}"), *failures)
 
 
@@ -84,6 +76,21 @@ def _read_tokens(file: Path, base: Path) -> list[int]:
     if not text.strip() or len(token_ids) < 2:
         raise ConfigurationError(f"{file} holds too little text: perplexity needs two tokens at least.")
     return token_ids
+
+
+def _measure_all(
+    base: Path, forms: Mapping[str, EngineSettings], token_ids: Sequence[int]
+) -> tuple[list[_Row], list[str]]:
+    """The rows of those forms that the base can have, and why not of the others; raises if it can have none."""
+    rows, failures = [], []
+    for name, settings in forms.items():
+        try:
+            rows.append(_measure(base, settings, name, token_ids))
+        except ConfigurationError as error:
+            failures.append(f"{name}: {error}")
+    if not rows:
+        raise ConfigurationError("\n".join(failures))
+    return rows, failures
 
 
 def _measure(base: Path, settings: EngineSettings, name: str, token_ids: Sequence[int]) -> _Row:

@@ -14,7 +14,7 @@ which fp32 holds exactly.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,13 +22,26 @@ from torch import Tensor
 from onebase_kernels import Int4Weight
 from onebase_kernels.int4 import GROUP_SIZES
 from onebase_server.errors import ConfigurationError
-from onebase_server.model.quantization_config import PackedInt4
 
 _PER_WORD = 8
-_IN_ORDER = range(_PER_WORD)
-_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-_ONE_EACH = 0x11111111
-"""1 for each of a word's numbers; added as a word, for so the tools took it away."""
+
+
+class _Layout(NamedTuple):
+    """A row of the table above."""
+
+    packs_inputs: bool
+    """Whether a word of `qweight` holds eight inputs of an output; else it holds eight outputs of an input."""
+    order: Sequence[int]
+    """Which of the eight each nibble is."""
+    offset: int = 0
+    """What was taken from the words of `qzeros`, as words."""
+
+
+_LAYOUTS: Mapping[str, _Layout] = {
+    "gptq": _Layout(True, range(_PER_WORD), 0x11111111),
+    "gptq_v2": _Layout(True, range(_PER_WORD)),
+    "awq": _Layout(False, (0, 2, 4, 6, 1, 3, 5, 7)),
+}
 
 
 def tensor_names(weight_name: str, names: Collection[str]) -> list[str]:
@@ -38,15 +51,16 @@ def tensor_names(weight_name: str, names: Collection[str]) -> list[str]:
     return [name for name in parts if name in names] if parts[0] in names else []
 
 
-def from_tensors(weight_name: str, tensors: Mapping[str, Tensor], layout: str | None) -> Int4Weight:
-    """The weight that those tensors describe in that `PackedInt4`.
+def from_tensors(weight_name: str, tensors: Mapping[str, Tensor], quantization: str | None) -> Int4Weight:
+    """The weight that those tensors describe, in the layout that `ModelConfig.quantization` names.
 
     Raises:
-        ConfigurationError: the layout is none of these, a part is missing, has another dtype or shape, or groups are of
-            a size or an order that int4 does not have.
+        ConfigurationError: it names none, a part is missing, has another dtype or shape, or groups are of a size or an
+            order that int4 does not have.
     """
     module = weight_name.removesuffix(".weight")
-    if layout is None or layout not in get_args(PackedInt4):
+    layout = _LAYOUTS.get(quantization or "")
+    if layout is None:
         raise ConfigurationError(
             f"{module} is packed as GPTQ and AWQ do, but the quantization_config in config.json does not say so."
         )
@@ -54,52 +68,49 @@ def from_tensors(weight_name: str, tensors: Mapping[str, Tensor], layout: str | 
         qweight, qzeros, scales = (tensors[f"{module}.{part}"] for part in ("qweight", "qzeros", "scales"))
     except KeyError as error:
         raise ConfigurationError(f"{module} is not complete: {error.args[0]} is missing.") from None
-    in_features = qweight.shape[0] * (1 if layout == "awq" else _PER_WORD)
-    _check_parts(module, layout, qweight, qzeros, scales)
-    _refuse_other_order(module, tensors.get(f"{module}.g_idx"), in_features // scales.shape[0])
-    if layout == "gptq":
-        qzeros = qzeros + _ONE_EACH
-    order = _AWQ_ORDER if layout == "awq" else _IN_ORDER
-    zeros = _unpack(qzeros, order).T
-    codes = _unpack(qweight, order).T if layout == "awq" else _unpack(qweight.T, order)
+    stored_size = _stored_group_size(module, layout, qweight, qzeros, scales)
+    _refuse_other_order(module, tensors.get(f"{module}.g_idx"), stored_size)
+    codes = _unpack(qweight.T, layout.order) if layout.packs_inputs else _unpack(qweight, layout.order).T
+    zeros = _unpack(qzeros + layout.offset, layout.order).T
     scales = scales.half().T
+    if not scales.isfinite().all():
+        raise ConfigurationError(f"{module}.scales has numbers that float16 cannot hold.")
     minimums = -(scales.float() * zeros)
-    group_size, repeats = _groups(module, in_features // scales.shape[1])
+    group_size = _group_size(module, stored_size)
+    repeats = stored_size // group_size
     return Int4Weight(
         codes=((codes[:, ::2] << 4) | codes[:, 1::2]).contiguous(),
         scales=scales.repeat_interleave(repeats, dim=1),
         minimums=minimums.repeat_interleave(repeats, dim=1),
-        shape=(codes.shape[0], in_features),
+        shape=(codes.shape[0], codes.shape[1]),
         group_size=group_size,
     )
 
 
 def _unpack(words: Tensor, order: Sequence[int]) -> Tensor:
-    """The numbers of int32 words [rows, columns], as uint8 [rows, 8 · columns]; `order[i]` is the place of nibble i."""
+    """The numbers of int32 words [rows, columns], as uint8 [rows, 8 · columns]; nibble i is number `order[i]`."""
     numbers = torch.empty(*words.shape, _PER_WORD, dtype=torch.uint8)
     for nibble, place in enumerate(order):
         numbers[..., place] = (words >> (4 * nibble)) & 0xF
     return numbers.flatten(1)
 
 
-def _check_parts(module: str, layout: str, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> None:
-    words_of_outputs = qweight.shape[1] if layout == "awq" else qweight.shape[1] // _PER_WORD
-    groups = scales.shape[0]
-    in_features = qweight.shape[0] * (1 if layout == "awq" else _PER_WORD)
-    fits = (
-        scales.shape[1] == words_of_outputs * _PER_WORD
-        and qzeros.shape == (groups, words_of_outputs)
-        and groups > 0
-        and in_features % groups == 0
+def _stored_group_size(module: str, layout: _Layout, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> int:
+    """How many inputs share a scale; raises ConfigurationError where the parts do not belong together."""
+    parts = {"qweight": qweight, "qzeros": qzeros, "scales": scales}
+    is_matrix = all(part.dim() == 2 and part.numel() for part in parts.values())
+    is_packed = qweight.dtype == qzeros.dtype == torch.int32
+    if is_matrix and is_packed:
+        groups, out_features = scales.shape
+        rows, columns = (_PER_WORD, 1) if layout.packs_inputs else (1, _PER_WORD)  # that a word of qweight stands for
+        in_features = qweight.shape[0] * rows
+        fits = qweight.shape[1] * columns == out_features == qzeros.shape[1] * _PER_WORD
+        if fits and qzeros.shape[0] == groups and in_features % groups == 0:
+            return in_features // groups
+    found = ", ".join(
+        f"{name} {str(part.dtype).removeprefix('torch.')} {list(part.shape)}" for name, part in parts.items()
     )
-    if not fits or qweight.dtype != torch.int32 or qzeros.dtype != torch.int32:
-        found = ", ".join(
-            f"{name} {str(part.dtype).removeprefix('torch.')} {list(part.shape)}"
-            for name, part in (("qweight", qweight), ("qzeros", qzeros), ("scales", scales))
-        )
-        raise ConfigurationError(f"{module} is no 4-bit weight in {layout}'s layout: it has {found}.")
-    if not scales.half().isfinite().all():
-        raise ConfigurationError(f"{module}.scales has numbers that float16 cannot hold.")
+    raise ConfigurationError(f"{module} is no 4-bit weight in the layout that config.json says: it has {found}.")
 
 
 def _refuse_other_order(module: str, g_idx: Tensor | None, group_size: int) -> None:
@@ -110,9 +121,11 @@ def _refuse_other_order(module: str, g_idx: Tensor | None, group_size: int) -> N
         )
 
 
-def _groups(module: str, stored: int) -> tuple[int, int]:
-    """The size of int4's groups, and how many of them one of the checkpoint's (or a whole row) becomes."""
+def _group_size(module: str, stored_size: int) -> int:
+    """The largest size of int4's groups that makes whole ones of the checkpoint's."""
     for size in sorted(GROUP_SIZES, reverse=True):
-        if stored % size == 0:
-            return size, stored // size
-    raise ConfigurationError(f"{module}: {stored} inputs share a scale; multiples of {min(GROUP_SIZES)} are carried.")
+        if stored_size % size == 0:
+            return size
+    raise ConfigurationError(
+        f"{module}: {stored_size} inputs share a scale; multiples of {min(GROUP_SIZES)} are carried."
+    )

@@ -183,9 +183,10 @@ def test_other_versions_are_refused_by_name(
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
-        ("qzeros", lambda tensor: tensor[:, :-1], "no 4-bit weight in gptq's layout"),
-        ("scales", lambda tensor: tensor[:-1], "no 4-bit weight in gptq's layout"),
-        ("qweight", lambda tensor: tensor.float(), "no 4-bit weight in gptq's layout"),
+        ("qzeros", lambda tensor: tensor[:, :-1], "no 4-bit weight in the layout"),
+        ("scales", lambda tensor: tensor[:-1], "no 4-bit weight in the layout"),
+        ("qweight", lambda tensor: tensor.float(), "no 4-bit weight in the layout"),
+        ("scales", lambda tensor: tensor.flatten(), "no 4-bit weight in the layout"),
         ("scales", lambda tensor: tensor.float() * 1e9, "float16 cannot hold"),
         ("qzeros", lambda tensor: None, "qzeros is missing"),
     ],
