@@ -31,11 +31,13 @@ def qalora(config: ModelConfig, group_size: int, *projections: str) -> Adapter:
     rng = np.random.default_rng(0)
     pairs = {}
     for layer in range(config.num_layers):
-        for projection in projections:
-            out_features, in_features = config.adapter_layout().shapes[projection]
-            lora_a = rng.standard_normal((RANK, in_features // group_size), np.float32).repeat(group_size, axis=1)
-            lora_b = 0.1 * rng.standard_normal((out_features, RANK), np.float32)
-            pairs[ModuleKey(layer, projection)] = LowRankPair(lora_a, lora_b, scale=0.25)
+        for group in config.projection_groups:
+            for projection, width in zip(group.projections, group.widths, strict=True):
+                if projection in projections:
+                    groups = rng.standard_normal((RANK, group.in_features // group_size), np.float32)
+                    lora_b = 0.1 * rng.standard_normal((width, RANK), np.float32)
+                    pair = LowRankPair(groups.repeat(group_size, axis=1), lora_b, scale=0.25)
+                    pairs[ModuleKey(layer, projection, group.expert)] = pair
     return Adapter(pairs)
 
 
@@ -60,7 +62,7 @@ def int4_base(make_model: MakeModel, engine_settings: MakeSettings, tmp_path: Pa
 
 
 @pytest.mark.parametrize("group_size", [GROUP_SIZE, 2 * GROUP_SIZE])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "mixtral"])
 def test_the_folded_base_says_what_base_and_adapter_say(
     family: str,
     group_size: int,
@@ -73,7 +75,7 @@ def test_the_folded_base_says_what_base_and_adapter_say(
     decoder = load_decoder(base, engine_settings())
     adapter = qalora(decoder.config, group_size, "q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
     merge_into_base(base, adapter, tmp_path / "folded", None)
-    packed = pack_adapter(adapter, decoder.config, torch.float32, decoder.weights.adapter_groups)
+    packed = pack_adapter(adapter, decoder.config, torch.float32, tuple(decoder.weights.groups))
     expected = logits_of(decoder, TOKENS, adapter=packed)
     folded = logits_of(load_decoder(tmp_path / "folded", engine_settings()), TOKENS)
     torch.testing.assert_close(folded, expected, rtol=1e-4, atol=1e-4)
@@ -120,7 +122,7 @@ def test_an_adapter_that_is_more_than_updates_is_refused(int4_base: Callable[...
     for adapter in (
         Adapter(pairs, epilogues),
         Adapter(pairs, invocation_tokens=(1, 2)),
-        Adapter({ModuleKey(7, "o_proj"): pairs[ModuleKey(0, "o_proj")]}),
+        Adapter({ModuleKey(0, "gate"): pairs[ModuleKey(0, "o_proj")]}),  # a router, which stays unquantised
     ):
         with pytest.raises(UnsupportedAdapter, match="more than low-rank updates of linears"):
             merge_into_base(base, adapter, tmp_path / "folded")
