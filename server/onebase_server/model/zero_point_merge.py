@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from onebase_adapters.adapter import Adapter, LowRankPair, ModuleKey, UnsupportedAdapter
-from onebase_kernels import Int4Weight, quantize_int4
+from onebase_kernels import Int4Weight
 from onebase_server.errors import ConfigurationError
 from onebase_server.model import int4_format, names, weight_formats
 from onebase_server.model.arrays import float32
 from onebase_server.model.checkpoint import Checkpoint
 from onebase_server.model.checkpoint_writer import Progress, write_model
 from onebase_server.model.config import ModelConfig, ProjectionGroup
+from onebase_server.model.weight_formats import Quantization
 from onebase_server.model.weights import check_tensors
 
 
@@ -85,21 +86,13 @@ class _Folder:
         tensors = self._checkpoint.read(weight_formats.tensor_names(name, self._checkpoint.shapes))
         weight = weight_formats.from_tensors(name, tensors, self.config.quantization)
         if isinstance(weight, Tensor) and self.config.quantization is None and self._group_size is not None:
-            return self._quantised(module, weight, self._group_size)
+            weight = Quantization("int4", group_size=self._group_size).quantize(module, weight)
         if isinstance(weight, Int4Weight):
             return weight
         raise ConfigurationError(
             f"{module} is not in int4, which alone has minimums to fold an adapter into. For an unquantised base that "
             "is served with --quantization int4, say with which groups: --group-size."
         )
-
-    def _quantised(self, module: str, weight: Tensor, group_size: int) -> Int4Weight:
-        try:
-            return quantize_int4(weight, group_size)
-        except ValueError as error:
-            raise ConfigurationError(
-                f"{module} cannot be quantised to int4: {error} Choose a smaller --group-size."
-            ) from error
 
     def _shifted(self, weight: Int4Weight, keys: Sequence[ModuleKey], widths: Sequence[int]) -> Int4Weight:
         """The weight of those projections with what the adapter adds to each group's minimum."""
