@@ -53,7 +53,11 @@ inline U16x16 narrow(F32x16 v) {
 }
 
 inline F32x16 load(const int8_t* from) {
+#if defined(__AVX512F__)
+    return (F32x16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
     return __builtin_convertvector(__builtin_convertvector(load_raw<I8x16>(from), I32x16), F32x16);
+#endif
 }
 inline F32x16 load(const float* from) { return load_raw<F32x16>(from); }
 inline F32x16 load(const BFloat16* from) { return widen(load_raw<U16x16>(from)); }
