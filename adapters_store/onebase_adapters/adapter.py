@@ -1,4 +1,4 @@
-"""The canonical form of an adapter, and the ways an adapter can be wrong.
+"""The canonical form of an adapter.
 
 This is the only form that the engine and the kernels ever see. It knows nothing of PEFT's file format
 (`peft_format`), of disks (`blobs`) or of names and versions (`catalogue`), and it needs no torch.
@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .errors import UnsupportedAdapter
 
 Array = NDArray[np.generic]
 
@@ -275,181 +277,3 @@ class Adapter:
 
 ROUTER = "gate"
 """The projection that scores a mixture's experts, as checkpoints and PEFT call it."""
-
-
-@dataclass(frozen=True)
-class ExpertLayout:
-    """A mixture of experts in every layer, with a router before it."""
-
-    count: int
-    shapes: Mapping[str, tuple[int, int]]
-    """(out_features, in_features) of each expert's projections, alike in all: `{"gate_proj": (768, 2048), …}`."""
-
-
-@dataclass(frozen=True)
-class BaseLayout:
-    """What an adapter has to fit: the linears of the base that adapters may touch, and the heads of a prefix."""
-
-    num_layers: int
-    shapes: Mapping[str, tuple[int, int]]
-    """(out_features, in_features) of each projection, alike in every layer: `{"q_proj": (576, 576), …}`."""
-    experts: ExpertLayout | None = field(default=None, compare=False)
-    """None without, and, which is no difference, where a store's catalogue is from before adapters could touch them."""
-    num_kv_heads: int | None = field(default=None, compare=False)
-    """How many heads K and V have; None, which is no difference, where a store's catalogue is from before it was asked;
-    so are the next ones."""
-    vocab_size: int | None = field(default=None, compare=False)
-    is_tied: bool | None = field(default=None, compare=False)
-    """Whether the head is the embedding."""
-    is_fused: bool | None = field(default=None, compare=False)
-    """Whether the base's checkpoint has the projections of `fused` in one linear, which is what PEFT then adapts."""
-    norms: Mapping[str, int] | None = field(default=None, compare=False)
-    """How many numbers each norm has, by its module in every layer, `input_layernorm` or `self_attn.q_norm`; and the
-    last one, `norm`."""
-    norms_have_bias: bool | None = field(default=None, compare=False)
-    fused: Mapping[str, tuple[str, ...]] = field(
-        default_factory=lambda: MappingProxyType(
-            {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-        )
-    )
-    """Fused checkpoint names and the projections they hold, in the order of their output rows."""
-
-    def shape(self, projection: str, expert: int | None = None) -> tuple[int, int] | None:
-        """(out_features, in_features) of a projection, or of an expert's; None where the base has none such."""
-        if self.experts is None:
-            return self.shapes.get(projection) if expert is None else None
-        if expert is not None:
-            return self.experts.shapes.get(projection) if expert < self.experts.count else None
-        if projection == ROUTER:
-            return self.experts.count, next(iter(self.experts.shapes.values()))[1]
-        return self.shapes.get(projection)
-
-    def __str__(self) -> str:
-        """Its linears, for messages: `q_proj, k_proj of layers 0 to 5`."""
-        of_layers = f"of layers 0 to {self.num_layers - 1}"
-        if self.experts is None:
-            return f"{', '.join(self.shapes)} {of_layers}"
-        of_experts = f"{', '.join(self.experts.shapes)} of experts 0 to {self.experts.count - 1}"
-        return f"{', '.join(self.shapes)}, {ROUTER}, and {of_experts}, {of_layers}"
-
-    @property
-    def hidden_size(self) -> int:
-        """Numbers of a token's vector."""
-        return self.shapes["q_proj"][1]
-
-
-# The tree of errors; `status` is the HTTP status that suits each, `code` its word in the API's error envelope.
-#
-#   AdapterError 400
-#   ├── InvalidUpload 422          what was sent cannot become an adapter
-#   │   ├── InvalidArchive 400     not an archive, a path that leaves it, a link, a bomb
-#   │   ├── UploadTooLarge 413     more bytes or files than allowed
-#   │   ├── InvalidConfig 422      adapter_config.json is not what PEFT writes
-#   │   ├── UnsupportedAdapter 422 a PEFT type or option that this server does not carry
-#   │   ├── InvalidTensors 422     not safetensors, truncated, NaN, wrong shapes or dtypes, nothing matched
-#   │   ├── InvalidTokenizer 422   a tokenizer file or chat template that cannot be read
-#   │   ├── RankTooLarge 422
-#   │   ├── InvalidName 422
-#   │   └── DigestMismatch 422
-#   ├── InvalidMerge 422           adapters that cannot be merged as asked; on the command line only
-#   ├── AdapterNotFound 404        no such name
-#   ├── VersionNotFound 404        the name exists, that version does not
-#   └── StoreError 500             the store itself is damaged or belongs to another base
-
-
-class AdapterError(Exception):
-    """Root of everything that can be wrong with an adapter; its text is a sentence for the person who reads it."""
-
-    status: ClassVar[int] = 400
-    code: ClassVar[str] = "adapter_error"
-
-
-class InvalidUpload(AdapterError):
-    """What was sent cannot become an adapter of this base."""
-
-    status = 422
-    code = "invalid_adapter"
-
-
-class InvalidArchive(InvalidUpload):
-    """The archive cannot be read, or holds a path that leaves it, a link or a bomb."""
-
-    status = 400
-    code = "invalid_archive"
-
-
-class UploadTooLarge(InvalidUpload):
-    """The upload has more bytes or more files than the limits allow."""
-
-    status = 413
-    code = "upload_too_large"
-
-
-class InvalidConfig(InvalidUpload):
-    """`adapter_config.json` is missing, is not JSON, or a field of it makes no sense."""
-
-    code = "invalid_adapter_config"
-
-
-class UnsupportedAdapter(InvalidUpload):
-    """A PEFT type or option that this server does not carry; the text names it."""
-
-    code = "unsupported_adapter"
-
-
-class InvalidTensors(InvalidUpload):
-    """The tensors are not safetensors, truncated, not finite, of a wrong shape or dtype, or match no linear."""
-
-    code = "invalid_adapter_tensors"
-
-
-class InvalidTokenizer(InvalidUpload):
-    """A tokenizer file, or the chat template, is not what it should be."""
-
-    code = "invalid_adapter_tokenizer"
-
-
-class RankTooLarge(InvalidUpload):
-    """A pair's rank is over the server's limit."""
-
-    code = "rank_too_large"
-
-
-class InvalidName(InvalidUpload):
-    """The adapter's name is not `[A-Za-z0-9][A-Za-z0-9._-]{0,127}`."""
-
-    code = "invalid_adapter_name"
-
-
-class DigestMismatch(InvalidUpload):
-    """The bytes that arrived are not those whose sha256 the sender announced."""
-
-    code = "digest_mismatch"
-
-
-class InvalidMerge(AdapterError):
-    """Adapters cannot be merged in the way that was asked for."""
-
-    status = 422
-    code = "invalid_merge"
-
-
-class AdapterNotFound(AdapterError):
-    """No adapter of that name is published."""
-
-    status = 404
-    code = "adapter_not_found"
-
-
-class VersionNotFound(AdapterError):
-    """The adapter exists, but has no such version."""
-
-    status = 404
-    code = "adapter_version_not_found"
-
-
-class StoreError(AdapterError):
-    """The store on disk is damaged, or belongs to another base."""
-
-    status = 500
-    code = "store_error"

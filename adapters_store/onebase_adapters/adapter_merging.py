@@ -12,7 +12,8 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from .adapter import Adapter, Epilogue, InvalidMerge, LowRankPair, ModuleKey
+from .adapter import Adapter, Epilogue, LowRankPair, ModuleKey
+from .errors import InvalidMerge
 
 MergeMethod = Literal["cat", "linear", "svd", "ties", "dare_linear", "dare_ties"]
 """How updates become one, by PEFT's names:

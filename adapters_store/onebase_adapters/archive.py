@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, TYPE_CHECKING
 
-from .adapter import InvalidArchive, UploadTooLarge
+from .errors import InvalidArchive, UploadTooLarge
 from .peft_config import CONFIG_FILE
 from .peft_format import ADAPTER_FILES, WEIGHTS_FILE, require_files
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .adapter import Array, InvalidTensors
+from .adapter import Array
+from .errors import InvalidTensors
 from .tensor_file import map_tensor
 
 _SINGLE_FILE = "model.safetensors"

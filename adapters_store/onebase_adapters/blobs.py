@@ -20,18 +20,17 @@ from .adapter import (
     Adapter,
     Array,
     Epilogue,
-    InvalidTensors,
     LowRankPair,
     ModuleKey,
     NormVectors,
     Prefix,
     PrefixKV,
-    StoreError,
     TokenMatrix,
     TokenRows,
     VirtualTokens,
     Vocabulary,
 )
+from .errors import InvalidTensors, StoreError
 from .tensor_file import BLOB_DTYPES, TensorFile, map_tensors
 
 FORMAT_VERSION = 1

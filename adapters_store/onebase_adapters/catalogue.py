@@ -33,7 +33,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DatabaseError
 
-from .adapter import Adapter, AdapterNotFound, BaseLayout, StoreError, VersionNotFound
+from .adapter import Adapter
+from .base_layout import BaseLayout
+from .errors import AdapterNotFound, StoreError, VersionNotFound
 from .layout_json import describe_layout, parse_layout
 from .tokenizer_form import TokenizerForm
 

@@ -9,7 +9,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from .adapter import Adapter, Array, BaseLayout, Epilogue, LowRankPair, ModuleKey, UnsupportedAdapter
+from .adapter import Adapter, Array, Epilogue, LowRankPair, ModuleKey
+from .base_layout import BaseLayout
+from .errors import UnsupportedAdapter
 
 _NEUTRAL = {"factor": 1.0, "shift": 0.0}
 """The vectors that leave a projection alone; of the other kinds they depend on the base's weights."""

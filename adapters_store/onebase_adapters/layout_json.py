@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .adapter import BaseLayout, ExpertLayout
+from .base_layout import BaseLayout, ExpertLayout
 
 Shapes = Mapping[str, tuple[int, int]]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import regex
 
-from .adapter import InvalidConfig, UnsupportedAdapter
+from .errors import InvalidConfig, UnsupportedAdapter
 
 CONFIG_FILE = "adapter_config.json"
 

@@ -6,8 +6,10 @@ Here is what all kinds have alike; each kind has a module of its own. Pickle is 
 from collections.abc import Collection
 from pathlib import Path, PurePath
 
-from .adapter import Adapter, BaseLayout, InvalidConfig, InvalidTensors
+from .adapter import Adapter
+from .base_layout import BaseLayout
 from .base_vectors import BaseVectors
+from .errors import InvalidConfig, InvalidTensors
 from .peft_config import CONFIG_FILE, load_config
 from .peft_ia3 import read_ia3
 from .peft_lora import read_lora

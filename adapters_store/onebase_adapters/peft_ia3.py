@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .adapter import Adapter, Array, BaseLayout, Epilogue, ModuleKey, UnsupportedAdapter
+from .adapter import Adapter, Array, Epilogue, ModuleKey
+from .base_layout import BaseLayout
+from .errors import UnsupportedAdapter
 from .peft_config import PROVENANCE, refuse_options_beyond
 from .peft_targets import TARGET_OPTIONS, ModuleNames, Targets
 from .peft_tensors import ADAPTER_NAME, ModuleTensors, group_by_module

@@ -12,20 +12,10 @@ from typing import Any, TypeVar
 import numpy as np
 import regex
 
-from .adapter import (
-    Adapter,
-    Array,
-    BaseLayout,
-    Epilogue,
-    InvalidConfig,
-    InvalidTensors,
-    LowRankPair,
-    ModuleKey,
-    RankTooLarge,
-    UnsupportedAdapter,
-    Vocabulary,
-)
+from .adapter import Adapter, Array, Epilogue, LowRankPair, ModuleKey, Vocabulary
+from .base_layout import BaseLayout
 from .base_vectors import BaseVectors
+from .errors import InvalidConfig, InvalidTensors, RankTooLarge, UnsupportedAdapter
 from .peft_config import (
     CONFIG_FILE,
     PROVENANCE,

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import regex
 
-from .adapter import Array, BaseLayout, InvalidTensors, NormVectors
+from .adapter import Array, NormVectors
+from .base_layout import BaseLayout
+from .errors import InvalidTensors
 from .peft_tensors import PEFT_LEVELS, NamedTensors
 
 _TENSOR = regex.compile(

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from .adapter import Array, BaseLayout, InvalidConfig, InvalidTensors, Prefix, PrefixKV, VirtualTokens
+from .adapter import Array, Prefix, PrefixKV, VirtualTokens
+from .base_layout import BaseLayout
+from .errors import InvalidConfig, InvalidTensors
 from .peft_config import CONFIG_FILE, PROVENANCE, positive_integer, refuse_options_beyond
 
 KV_TYPES = frozenset({"PREFIX_TUNING", "CARTRIDGE"})

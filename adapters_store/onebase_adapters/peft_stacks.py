@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .adapter import ROUTER, Adapter, Array, BaseLayout, InvalidTensors, LowRankPair, ModuleKey, UnsupportedAdapter
+from .adapter import ROUTER, Adapter, Array, LowRankPair, ModuleKey
+from .base_layout import BaseLayout
+from .errors import InvalidTensors, UnsupportedAdapter
 from .fused_projections import fuse_pairs, of_one_scale
 from .peft_tensors import STACKED_PARAMETERS, ModuleTensors
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import regex
 
-from .adapter import InvalidConfig, InvalidTensors
+from .errors import InvalidConfig, InvalidTensors
 from .peft_config import CONFIG_FILE, compile_pattern, match_pattern
 
 TARGET_OPTIONS = frozenset({"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"})

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import regex
 
-from .adapter import ROUTER, Array, BaseLayout, InvalidTensors, ModuleKey
+from .adapter import ROUTER, Array, ModuleKey
+from .base_layout import BaseLayout
+from .errors import InvalidTensors
 from .peft_config import CONFIG_FILE
 from .peft_targets import ModuleNames
 

@@ -6,7 +6,9 @@ Trainers save the tokenizer with each adapter, mostly the base's unchanged; of t
 from collections.abc import Mapping
 from pathlib import Path
 
-from .adapter import Adapter, BaseLayout, InvalidTokenizer, StoreError, UnsupportedAdapter
+from .adapter import Adapter
+from .base_layout import BaseLayout
+from .errors import InvalidTokenizer, StoreError, UnsupportedAdapter
 from .template_sandbox import InvalidTemplate, compile_template
 from .tokenizer_files import CONFIG, read_declared_ids, read_tokenizer_files
 from .tokenizer_form import TokenizerForm

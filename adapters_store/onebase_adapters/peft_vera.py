@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .adapter import Adapter, Array, BaseLayout, InvalidTensors, LowRankPair, ModuleKey, RankTooLarge
+from .adapter import Adapter, Array, LowRankPair, ModuleKey
+from .base_layout import BaseLayout
+from .errors import InvalidTensors, RankTooLarge
 from .peft_config import PROVENANCE, positive_integer, refuse_options_beyond
 from .peft_targets import TARGET_OPTIONS, Targets
 from .peft_tensors import ADAPTER_NAME, ModuleTensors, checked, group_by_module

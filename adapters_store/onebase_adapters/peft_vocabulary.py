@@ -13,18 +13,10 @@ import numpy as np
 import regex
 from numpy.typing import NDArray
 
-from .adapter import (
-    Array,
-    BaseLayout,
-    InvalidConfig,
-    InvalidTensors,
-    LowRankPair,
-    TokenMatrix,
-    TokenRows,
-    UnsupportedAdapter,
-    Vocabulary,
-)
+from .adapter import Array, LowRankPair, TokenMatrix, TokenRows, Vocabulary
+from .base_layout import BaseLayout
 from .base_vectors import BaseVectors
+from .errors import InvalidConfig, InvalidTensors, UnsupportedAdapter
 from .peft_config import CONFIG_FILE, flag
 from .peft_tensors import ADAPTER_NAME, PEFT_LEVELS, NamedTensors
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from .adapter import ROUTER, Adapter, Array, Epilogue, LowRankPair, ModuleKey, Prefix, PrefixKV, UnsupportedAdapter
+from .adapter import ROUTER, Adapter, Array, Epilogue, LowRankPair, ModuleKey, Prefix, PrefixKV
+from .errors import UnsupportedAdapter
 from .peft_config import CONFIG_FILE
 from .peft_format import WEIGHTS_FILE
 from .peft_tensors import STACKED_PARAMETERS

@@ -20,20 +20,13 @@ from typing import Literal
 
 import regex
 
-from .adapter import (
-    Adapter,
-    AdapterError,
-    AdapterNotFound,
-    BaseLayout,
-    DigestMismatch,
-    InvalidName,
-    StoreError,
-    UploadTooLarge,
-)
+from .adapter import Adapter
+from .base_layout import BaseLayout
 from .base_vectors import BaseVectors
 from .blob_folder import BlobFolder
 from .blobs import file_digest, write_blob
 from .catalogue import AdapterVersion, Catalogue
+from .errors import AdapterError, AdapterNotFound, DigestMismatch, InvalidName, StoreError, UploadTooLarge
 from .locks import exclusive
 from .peft_format import ADAPTER_FILES, WEIGHTS_FILE, check_directory, parse
 from .peft_tokenizer import read_own_tokenizer

@@ -15,7 +15,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from .adapter import Array, InvalidTensors
+from .adapter import Array
+from .errors import InvalidTensors
 
 DTYPES: dict[str, np.dtype[np.generic]] = {
     "F32": np.dtype(np.float32),

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .adapter import InvalidTokenizer
+from .errors import InvalidTokenizer
 from .tokenizer_form import TokenizerForm
 from .tokenizer_json import TOKENIZER
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .adapter import StoreError
 from .blobs import sync
+from .errors import StoreError
 from .tokenizer_json import with_model_of
 
 FORMAT_VERSION = 1

@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import Model, WordLevel
 
-from .adapter import InvalidTokenizer, UnsupportedAdapter
+from .errors import InvalidTokenizer, UnsupportedAdapter
 
 TOKENIZER = "tokenizer.json"
 

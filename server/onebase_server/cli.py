@@ -5,7 +5,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from onebase_adapters.adapter import AdapterError
+from onebase_adapters.errors import AdapterError
 from onebase_server.commands import adapters, bench
 from onebase_server.commands.demo import demo
 from onebase_server.commands.doctor import doctor

@@ -17,8 +17,8 @@ from zipfile import ZipFile
 from pydantic import ByteSize
 
 import onebase_adapters
-from onebase_adapters.adapter import AdapterNotFound
 from onebase_adapters.blobs import file_digest
+from onebase_adapters.errors import AdapterNotFound
 from onebase_adapters.locks import exclusive
 from onebase_adapters.peft_format import WEIGHTS_FILE
 from onebase_adapters.store import AdapterStore

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from onebase_adapters.adapter import Array, BaseLayout
+from onebase_adapters.adapter import Array
+from onebase_adapters.base_layout import BaseLayout
 from onebase_adapters.store import AdapterStore
 
 LAYOUT = BaseLayout(

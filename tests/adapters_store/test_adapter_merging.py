@@ -13,7 +13,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from onebase_adapters.adapter import (
     Adapter,
     Epilogue,
-    InvalidMerge,
     LowRankPair,
     ModuleKey,
     NormVectors,
@@ -22,6 +21,7 @@ from onebase_adapters.adapter import (
     Vocabulary,
 )
 from onebase_adapters.adapter_merging import MergeRecipe, WeightedAdapter, merge_adapters
+from onebase_adapters.errors import InvalidMerge
 from onebase_adapters.peft_format import parse
 from onebase_adapters.peft_writer import write_peft
 

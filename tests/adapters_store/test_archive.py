@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onebase_adapters.adapter import InvalidArchive, InvalidConfig, InvalidTensors, InvalidUpload, UploadTooLarge
 from onebase_adapters.archive import unpack
+from onebase_adapters.errors import InvalidArchive, InvalidConfig, InvalidTensors, InvalidUpload, UploadTooLarge
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 GOOD = {CONFIG: b"{}", WEIGHTS: b"weights"}

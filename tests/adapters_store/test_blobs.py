@@ -5,17 +5,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from onebase_adapters.adapter import (
-    Adapter,
-    LowRankPair,
-    ModuleKey,
-    NormVectors,
-    StoreError,
-    TokenMatrix,
-    TokenRows,
-    Vocabulary,
-)
+from onebase_adapters.adapter import Adapter, LowRankPair, ModuleKey, NormVectors, TokenMatrix, TokenRows, Vocabulary
 from onebase_adapters.blobs import file_digest, read_blob, write_blob
+from onebase_adapters.errors import StoreError
 
 
 @pytest.fixture

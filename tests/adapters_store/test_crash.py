@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from onebase_adapters.adapter import AdapterNotFound
 from onebase_adapters.blobs import file_digest, read_blob
+from onebase_adapters.errors import AdapterNotFound
 
 # The child patches one function of the program so that it kills its own process before or after doing its work.
 CHILD = """

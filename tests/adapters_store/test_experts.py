@@ -8,21 +8,10 @@ import numpy as np
 import pytest
 
 from onebase_adapters import peft_writer
-from onebase_adapters.adapter import (
-    Adapter,
-    AdapterError,
-    Array,
-    BaseLayout,
-    Epilogue,
-    ExpertLayout,
-    InvalidConfig,
-    InvalidTensors,
-    LowRankPair,
-    ModuleKey,
-    RankTooLarge,
-    UnsupportedAdapter,
-)
+from onebase_adapters.adapter import Adapter, Array, Epilogue, LowRankPair, ModuleKey
+from onebase_adapters.base_layout import BaseLayout, ExpertLayout
 from onebase_adapters.blobs import read_blob, write_blob
+from onebase_adapters.errors import AdapterError, InvalidConfig, InvalidTensors, RankTooLarge, UnsupportedAdapter
 from onebase_adapters.peft_format import parse
 from onebase_adapters.peft_stacks import stack_experts
 

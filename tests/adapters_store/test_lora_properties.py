@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 
-from onebase_adapters.adapter import Adapter, BaseLayout, Epilogue, LowRankPair, ModuleKey
+from onebase_adapters.adapter import Adapter, Epilogue, LowRankPair, ModuleKey
+from onebase_adapters.base_layout import BaseLayout
 from onebase_adapters.fused_projections import fuse_projections
 from onebase_adapters.peft_format import parse
 from onebase_adapters.peft_writer import write_peft

@@ -13,18 +13,10 @@ import numpy as np
 import pytest
 import tokenizers
 
-from onebase_adapters.adapter import (
-    Adapter,
-    AdapterNotFound,
-    BaseLayout,
-    InvalidTokenizer,
-    StoreError,
-    TokenMatrix,
-    TokenRows,
-    UnsupportedAdapter,
-    Vocabulary,
-)
+from onebase_adapters.adapter import Adapter, TokenMatrix, TokenRows, Vocabulary
 from onebase_adapters.archive import unpack
+from onebase_adapters.base_layout import BaseLayout
+from onebase_adapters.errors import AdapterNotFound, InvalidTokenizer, StoreError, UnsupportedAdapter
 from onebase_adapters.peft_tokenizer import read_own_tokenizer
 from onebase_adapters.store import AdapterStore
 from onebase_adapters.tokenizer_files import read_tokenizer_files, write_tokenizer_files

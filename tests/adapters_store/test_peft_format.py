@@ -4,7 +4,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from onebase_adapters.adapter import Adapter, BaseLayout, InvalidConfig, InvalidTensors, ModuleKey
+from onebase_adapters.adapter import Adapter, ModuleKey
+from onebase_adapters.base_layout import BaseLayout
+from onebase_adapters.errors import InvalidConfig, InvalidTensors
 from onebase_adapters.peft_config import load_config
 from onebase_adapters.peft_format import parse
 

@@ -7,15 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from onebase_adapters.adapter import (
-    InvalidConfig,
-    InvalidTensors,
-    InvalidUpload,
-    PrefixKV,
-    UnsupportedAdapter,
-    VirtualTokens,
-)
+from onebase_adapters.adapter import PrefixKV, VirtualTokens
 from onebase_adapters.blobs import read_blob
+from onebase_adapters.errors import InvalidConfig, InvalidTensors, InvalidUpload, UnsupportedAdapter
 from onebase_adapters.peft_format import parse
 
 

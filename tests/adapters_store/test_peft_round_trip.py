@@ -12,15 +12,8 @@ from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_p
 from torch import Tensor
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from onebase_adapters.adapter import (
-    Adapter,
-    Epilogue,
-    LowRankPair,
-    ModuleKey,
-    TokenMatrix,
-    UnsupportedAdapter,
-    Vocabulary,
-)
+from onebase_adapters.adapter import Adapter, Epilogue, LowRankPair, ModuleKey, TokenMatrix, Vocabulary
+from onebase_adapters.errors import UnsupportedAdapter
 from onebase_adapters.fused_projections import fuse_projections
 from onebase_adapters.peft_format import parse
 from onebase_adapters.peft_writer import write_peft

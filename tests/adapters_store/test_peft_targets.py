@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onebase_adapters.adapter import InvalidTensors
+from onebase_adapters.errors import InvalidTensors
 from onebase_adapters.peft_lora import read_options
 from onebase_adapters.peft_targets import Targets
 

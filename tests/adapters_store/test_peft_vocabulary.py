@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from onebase_adapters.adapter import Array, InvalidTensors
+from onebase_adapters.adapter import Array
 from onebase_adapters.base_vectors import BaseVectors
+from onebase_adapters.errors import InvalidTensors
 from onebase_adapters.peft_format import parse
 from onebase_adapters.store import AdapterStore
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from onebase_adapters.adapter import Adapter, InvalidUpload
+from onebase_adapters.adapter import Adapter
+from onebase_adapters.errors import InvalidUpload
 from onebase_adapters.store import AdapterStore
 
 from .conftest import LAYOUT, PEFT_CONFIG, Tensors, lora_tensors

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from onebase_adapters.adapter import (
+from onebase_adapters.errors import (
     DigestMismatch,
     InvalidConfig,
     InvalidName,

@@ -12,17 +12,11 @@ from time import perf_counter
 import numpy as np
 import pytest
 
-from onebase_adapters.adapter import (
-    Adapter,
-    AdapterNotFound,
-    BaseLayout,
-    ExpertLayout,
-    ModuleKey,
-    StoreError,
-    VersionNotFound,
-)
+from onebase_adapters.adapter import Adapter, ModuleKey
 from onebase_adapters.archive import unpack
+from onebase_adapters.base_layout import BaseLayout, ExpertLayout
 from onebase_adapters.blobs import file_digest, read_blob
+from onebase_adapters.errors import AdapterNotFound, StoreError, VersionNotFound
 from onebase_adapters.store import AdapterStore
 
 PUBLISH_AND_REMOVE = """

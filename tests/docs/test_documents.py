@@ -8,7 +8,7 @@ import pytest
 import typer.main
 from pydantic import TypeAdapter
 
-from onebase_adapters.adapter import AdapterError, InvalidMerge
+from onebase_adapters.errors import AdapterError, InvalidMerge
 from onebase_adapters.peft_lora import HONOURED
 from onebase_server.cli import app
 from onebase_server.errors import ConfigurationError, OnebaseError

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from onebase_adapters.adapter import AdapterError
+from onebase_adapters.errors import AdapterError
 from onebase_server.errors import BadRequest, EngineUnavailable, NotAuthenticated, OnebaseError, Overloaded
 from onebase_server.metrics import Outcome
 

@@ -6,7 +6,7 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends
 from starlette.responses import PlainTextResponse
 
-from onebase_adapters.adapter import AdapterNotFound
+from onebase_adapters.errors import AdapterNotFound
 from onebase_adapters.peft_format import ADAPTER_FILES
 from onebase_server.api.auth import require_admin_key
 from onebase_server.api.context import Context, ContextDependency

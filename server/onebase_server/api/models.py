@@ -9,10 +9,11 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from onebase_adapters.adapter import Adapter, AdapterNotFound, InvalidMerge, VersionNotFound
+from onebase_adapters.adapter import Adapter
 from onebase_adapters.adapter_merging import require_lora
 from onebase_adapters.blobs import read_blob
 from onebase_adapters.catalogue import AdapterVersion
+from onebase_adapters.errors import AdapterNotFound, InvalidMerge, VersionNotFound
 from onebase_adapters.store import AdapterStore
 from onebase_server.api.schemas import WeightedName
 from onebase_server.engine.request import AdapterRef, Ready

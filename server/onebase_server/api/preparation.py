@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import anyio.to_thread
 
-from onebase_adapters.adapter import AdapterNotFound
+from onebase_adapters.errors import AdapterNotFound
 from onebase_server.api.context import Context
 from onebase_server.api.generation import Generation, Job, Prompt
 from onebase_server.api.models import Selection, select_combination, select_model

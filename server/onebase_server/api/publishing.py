@@ -13,8 +13,8 @@ from weakref import WeakValueDictionary
 
 from anyio.to_thread import run_sync
 
-from onebase_adapters.adapter import AdapterNotFound, InvalidName
 from onebase_adapters.catalogue import AdapterVersion
+from onebase_adapters.errors import AdapterNotFound, InvalidName
 from onebase_adapters.store import AdapterStore
 from onebase_server.api.models import adapter_ref, check_fit
 from onebase_server.engine.client import EngineClient

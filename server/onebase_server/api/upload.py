@@ -15,7 +15,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
-from onebase_adapters.adapter import UploadTooLarge
+from onebase_adapters.errors import UploadTooLarge
 from onebase_server.errors import BadRequest
 
 if TYPE_CHECKING:

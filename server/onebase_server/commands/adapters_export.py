@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from onebase_adapters.adapter import Adapter, BaseLayout
+from onebase_adapters.adapter import Adapter
+from onebase_adapters.base_layout import BaseLayout
 from onebase_adapters.fused_projections import fuse_projections
 from onebase_adapters.peft_stacks import stack_experts
 from onebase_adapters.peft_writer import write_peft

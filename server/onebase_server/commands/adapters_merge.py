@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from onebase_adapters.adapter import Adapter, InvalidMerge
+from onebase_adapters.adapter import Adapter
 from onebase_adapters.adapter_merging import (
     MergeMethod,
     MergeRecipe,
@@ -15,6 +15,7 @@ from onebase_adapters.adapter_merging import (
     merge_adapters,
 )
 from onebase_adapters.catalogue import AdapterVersion
+from onebase_adapters.errors import InvalidMerge
 from onebase_adapters.peft_stacks import stack_experts
 from onebase_adapters.peft_writer import write_peft
 from onebase_adapters.store import AdapterStore

@@ -11,9 +11,11 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from onebase_adapters.adapter import Adapter, AdapterError, BaseLayout, VersionNotFound
+from onebase_adapters.adapter import Adapter
+from onebase_adapters.base_layout import BaseLayout
 from onebase_adapters.blobs import read_blob
 from onebase_adapters.catalogue import AdapterVersion
+from onebase_adapters.errors import AdapterError, VersionNotFound
 from onebase_adapters.store import AdapterStore
 from onebase_adapters.tokenizer_files import write_tokenizer_files
 from onebase_adapters.tokenizer_form import TokenizerForm

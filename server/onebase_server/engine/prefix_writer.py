@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import onebase_kernels as kernels
-from onebase_adapters.adapter import PrefixKV, StoreError
+from onebase_adapters.adapter import PrefixKV
+from onebase_adapters.errors import StoreError
 from onebase_kernels import AttentionBatch, LoraBatch, StepInputs
 from onebase_server.engine.adapter_reading import read_adapter
 from onebase_server.engine.request import AdapterRef

@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from onebase_adapters.adapter import ROUTER, BaseLayout, ExpertLayout
+from onebase_adapters.adapter import ROUTER
+from onebase_adapters.base_layout import BaseLayout, ExpertLayout
 from onebase_server.errors import ConfigurationError
 from onebase_server.model.config_reader import ConfigReader, HfConfig
 from onebase_server.model.families import family_of

@@ -14,7 +14,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from onebase_adapters.adapter import Adapter, Epilogue, LowRankPair, ModuleKey, UnsupportedAdapter
+from onebase_adapters.adapter import Adapter, Epilogue, LowRankPair, ModuleKey
+from onebase_adapters.errors import UnsupportedAdapter
 from onebase_kernels import BlockwiseWeight, QuantizedWeight, dequantize, quantize_nf4
 from onebase_kernels.blockwise import NF4
 from onebase_server.model import bnb_format, names, weight_formats

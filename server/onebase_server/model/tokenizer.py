@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 from tokenizers.pre_tokenizers import ByteLevel
 
-from onebase_adapters.adapter import InvalidTokenizer
+from onebase_adapters.errors import InvalidTokenizer
 from onebase_adapters.tokenizer_files import read_tokenizer_files
 from onebase_adapters.tokenizer_form import TokenizerForm
 from onebase_adapters.tokenizer_json import load_own_tokens

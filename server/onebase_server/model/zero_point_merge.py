@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onebase_adapters.adapter import Adapter, LowRankPair, ModuleKey, UnsupportedAdapter
+from onebase_adapters.adapter import Adapter, LowRankPair, ModuleKey
+from onebase_adapters.errors import UnsupportedAdapter
 from onebase_kernels import Int4Weight
 from onebase_server.errors import ConfigurationError
 from onebase_server.model import int4_format, names, weight_formats

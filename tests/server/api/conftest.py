@@ -22,7 +22,7 @@ from openai import AsyncOpenAI
 from safetensors.numpy import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from onebase_adapters.adapter import BaseLayout
+from onebase_adapters.base_layout import BaseLayout
 from onebase_server.api.app import create_app
 from onebase_server.api.context import Context
 from onebase_server.engine.client import EngineClient

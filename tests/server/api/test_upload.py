@@ -5,7 +5,7 @@ import httpx
 import pytest
 from starlette.requests import Request
 
-from onebase_adapters.adapter import UploadTooLarge
+from onebase_adapters.errors import UploadTooLarge
 from onebase_server.api.upload import FRAMING_BYTES, Form, receive_form
 from onebase_server.errors import BadRequest
 

@@ -18,16 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from onebase_adapters.adapter import (
-    Adapter,
-    Epilogue,
-    ModuleKey,
-    TokenMatrix,
-    TokenRows,
-    UnsupportedAdapter,
-    VirtualTokens,
-    Vocabulary,
-)
+from onebase_adapters.adapter import Adapter, Epilogue, ModuleKey, TokenMatrix, TokenRows, VirtualTokens, Vocabulary
+from onebase_adapters.errors import UnsupportedAdapter
 from onebase_adapters.peft_format import parse
 from onebase_server.model.config import ModelConfig
 from onebase_server.model.merged_checkpoint import ExportForm, all_together, export_merged

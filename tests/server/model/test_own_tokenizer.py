@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from onebase_adapters.adapter import Adapter, BaseLayout, TokenMatrix, TokenRows, Vocabulary
+from onebase_adapters.adapter import Adapter, TokenMatrix, TokenRows, Vocabulary
+from onebase_adapters.base_layout import BaseLayout
 from onebase_adapters.peft_tokenizer import read_own_tokenizer
 from onebase_adapters.tokenizer_files import read_tokenizer_files, write_tokenizer_files
 from onebase_adapters.tokenizer_form import TokenizerForm

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from onebase_adapters.adapter import Adapter, Epilogue, LowRankPair, ModuleKey, UnsupportedAdapter
+from onebase_adapters.adapter import Adapter, Epilogue, LowRankPair, ModuleKey
+from onebase_adapters.errors import UnsupportedAdapter
 from onebase_server.engine.packing import pack_adapter
 from onebase_server.errors import ConfigurationError
 from onebase_server.model.config import ModelConfig
