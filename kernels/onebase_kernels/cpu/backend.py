@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onebase_kernels import reference, sdpa_attention
 from onebase_kernels.batch import AttentionBatch, LoraBatch, Matrix, ReplacedRows, SamplingBatch, StepInputs
-from onebase_kernels.cpu import calls, execution, int4_packing, int8_packing, memory, nf4_packing
+from onebase_kernels.cpu import blockwise_packing, calls, execution, int4_packing, int8_packing, memory
 from onebase_kernels.cpu.calls import DTYPES, Step
 from onebase_kernels.cpu.execution import empty, run
 from onebase_kernels.cpu.tiles import TiledWeights
@@ -28,8 +28,8 @@ _READ = {**DTYPES, torch.float16: calls.FLOAT16}
 
 def pack_quantized(weights: Sequence[QuantizedWeight]) -> PackedWeights:
     """As `reference.pack_quantized`, in tiles."""
-    if nf4_packing.can_pack(weights):
-        return nf4_packing.pack(weights)
+    if blockwise_packing.can_pack(weights):
+        return blockwise_packing.pack(weights)
     if int4_packing.can_pack(weights):
         return int4_packing.pack(weights)
     if int8_packing.can_pack(weights):

@@ -40,14 +40,14 @@ class Step(ctypes.Structure):
     )
 
 
-class Nf4Slice(ctypes.Structure):
-    """nf4_weight.h: one weight of a group."""
+class BlockwiseSlice(ctypes.Structure):
+    """blockwise_weight.h: one weight of a group."""
 
     _fields_ = (("nested_absmax", Pointer), ("offset", Float), ("num_outputs", Int))
 
 
-class Nf4Group(ctypes.Structure):
-    """nf4_weight.h: the weights of a projection group, packed."""
+class BlockwiseGroup(ctypes.Structure):
+    """blockwise_weight.h: the weights of a projection group, packed."""
 
     _fields_ = (
         ("values", Pointer),
@@ -61,7 +61,7 @@ class Nf4Group(ctypes.Structure):
 
 
 class QuantizedLinear(ctypes.Structure):
-    """nf4_linear.cpp."""
+    """quantized_linear.cpp."""
 
     op: str
     _fields_ = (
@@ -74,10 +74,10 @@ class QuantizedLinear(ctypes.Structure):
     )
 
 
-class Nf4Linear(QuantizedLinear):
-    """Its group is `Nf4Group`."""
+class BlockwiseLinear(QuantizedLinear):
+    """Its group is `BlockwiseGroup`."""
 
-    op = "onebase_nf4_linear"
+    op = "onebase_blockwise_linear"
 
 
 class Int4Weights(ctypes.Structure):
@@ -312,7 +312,19 @@ Call = (
 """An op with its operands; `op` names the function that runs it."""
 
 CALLS = (
-    *(Nf4Linear, Int4Linear, Int8Linear, DenseLinear, AddLora, Attention, Embed, ReplaceRows, Add, RmsNorm, LayerNorm),
+    *(
+        BlockwiseLinear,
+        Int4Linear,
+        Int8Linear,
+        DenseLinear,
+        AddLora,
+        Attention,
+        Embed,
+        ReplaceRows,
+        Add,
+        RmsNorm,
+        LayerNorm,
+    ),
     *(Rope, SiluMul, GeluMul, WriteCache),
 )
 

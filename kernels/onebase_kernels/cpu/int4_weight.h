@@ -1,13 +1,13 @@
 // Weights of group-wise int4 as the kernels read them: scale · code + minimum.
 //
-// Codes lie as nf4_weight.h says; 16 scales and 16 minimums for each quantisation group of each block of outputs. With
+// Codes lie as blockwise_weight.h says; 16 scales and 16 minimums for each quantisation group of each block of outputs. With
 // groups of 32 inputs a tile is a group, else it is 64 inputs of one. The minimums meet no code: what they add to an
 // output is their product with the sums of x over each tile, which the sums of products begin with.
 #pragma once
 
 #include <vector>
 
-#include "nf4_weight.h"
+#include "blockwise_weight.h"
 
 namespace onebase {
 

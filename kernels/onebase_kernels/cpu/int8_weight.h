@@ -4,7 +4,7 @@
 // side by side, [inputs / 2][16 outputs][2], which is the order of AMX's right-hand tiles.
 #pragma once
 
-#include "nf4_weight.h"
+#include "blockwise_weight.h"
 
 namespace onebase {
 

@@ -1,6 +1,6 @@
 """What the C++ packings of all formats share: groups of weights, and the order of codes of 4 bits and of scales.
 
-`nf4_weight.h` describes that order.
+`blockwise_weight.h` describes that order.
 """
 
 import ctypes

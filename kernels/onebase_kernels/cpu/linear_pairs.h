@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "nf4_weight.h"
+#include "blockwise_weight.h"
 
 namespace onebase {
 

@@ -1,4 +1,4 @@
-"""NF4 and FP4 weights in the order in which the C++ kernel reads them; `nf4_weight.h` describes it."""
+"""NF4 and FP4 weights in the order in which the C++ kernel reads them; `blockwise_weight.h` describes it."""
 
 import ctypes
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from onebase_kernels.blockwise import BLOCK_SIZE, BlockwiseWeight, Codebook, NestedScales
-from onebase_kernels.cpu.calls import Nf4Group, Nf4Linear, Nf4Slice
+from onebase_kernels.cpu.calls import BlockwiseGroup, BlockwiseLinear, BlockwiseSlice
 from onebase_kernels.cpu.memory import resident
 from onebase_kernels.cpu.tiles import OUTPUTS, TiledWeights, pack_codes, pack_scales, unpack_codes, unpack_scales
 from onebase_kernels.quantized import QuantizedWeight
@@ -19,10 +19,10 @@ OFFSET_BYTES = 4
 
 
 @dataclass(frozen=True, eq=False)
-class TiledNf4(TiledWeights):
+class TiledBlockwise(TiledWeights):
     """Weights of one codebook, packed."""
 
-    call = Nf4Linear
+    call = BlockwiseLinear
 
     codebook: Codebook
     values: Tensor
@@ -37,7 +37,7 @@ class TiledNf4(TiledWeights):
     """Of each weight, the mean of its scales; 0 without double quantisation."""
     quant_map: Tensor | None
     """fp32 [256]: the values of the uint8 scales, which all weights have alike."""
-    slices: "ctypes.Array[Nf4Slice]"
+    slices: "ctypes.Array[BlockwiseSlice]"
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +81,7 @@ def can_pack(weights: Sequence[QuantizedWeight]) -> TypeGuard[Sequence[Blockwise
     return len(carried) == len(weights) and len(kinds) == 1
 
 
-def pack(weights: Sequence[BlockwiseWeight]) -> TiledNf4:
+def pack(weights: Sequence[BlockwiseWeight]) -> TiledBlockwise:
     """Pack weights [Nᵢ, K] that share their input; `can_pack` must hold.
 
     Nothing of the weights is kept: a single view would hold the whole mapped file in memory beside what is packed.
@@ -96,13 +96,13 @@ def pack(weights: Sequence[BlockwiseWeight]) -> TiledNf4:
     nested_scales = tuple(scale.absmax.clone() for scale in nested)
     offsets = tuple(float(scale.offset) for scale in nested) or (0.0,) * len(weights)
     quant_map = nested[0].quant_map.clone() if nested else None
-    slices = (Nf4Slice * len(weights))(
+    slices = (BlockwiseSlice * len(weights))(
         *(
-            Nf4Slice(nested_scales[i].data_ptr() if nested else None, offsets[i], width)
+            BlockwiseSlice(nested_scales[i].data_ptr() if nested else None, offsets[i], width)
             for i, width in enumerate(widths)
         )
     )
-    group = Nf4Group(
+    group = BlockwiseGroup(
         values=values.data_ptr(),
         codes=codes.data_ptr(),
         scales=scales.data_ptr(),
@@ -111,7 +111,7 @@ def pack(weights: Sequence[BlockwiseWeight]) -> TiledNf4:
         num_outputs=sum(widths),
         num_inputs=in_features,
     )
-    return TiledNf4(
+    return TiledBlockwise(
         widths=widths,
         in_features=in_features,
         group=group,

@@ -7,15 +7,15 @@
 
 #include "int4_weight.h"
 #include "int8_weight.h"
-#include "nf4_weight.h"
+#include "blockwise_weight.h"
 #include "parallel.h"
 #include "step.h"
 
 #if defined(__AVX512BF16__)
-#include "nf4_pairs.h"
+#include "linear_pairs.h"
 #endif
 #if defined(__AMX_BF16__)
-#include "nf4_amx.h"
+#include "linear_amx.h"
 #endif
 
 namespace onebase {
@@ -191,7 +191,7 @@ void linear_of_dtypes(const QuantizedLinear<Weights>& call, const Group& group, 
 }  // namespace onebase
 
 // The contract of quantized_linear in reference.py, for weights with a codebook.
-ONEBASE_EXPORT void onebase_nf4_linear(const onebase::QuantizedLinear<onebase::Nf4Group>* call,
+ONEBASE_EXPORT void onebase_blockwise_linear(const onebase::QuantizedLinear<onebase::BlockwiseGroup>* call,
                                        const onebase::Step* step) {
     onebase::linear_of_dtypes(*call, *call->group, *step);
 }

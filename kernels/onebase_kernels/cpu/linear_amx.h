@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "amx.h"
-#include "nf4_pairs.h"
+#include "linear_pairs.h"
 
 namespace onebase {
 

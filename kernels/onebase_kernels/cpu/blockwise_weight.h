@@ -29,13 +29,13 @@ constexpr int64_t TILE_BYTES = TILE_ROWS<Group> * ROW_BYTES;
 inline const I32x16 LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // One weight [n, k] of a group whose outputs lie side by side.
-struct Nf4Slice {
+struct BlockwiseSlice {
     const float* nested_absmax;  // of 8-bit scales, one for 256 of them in the weight's own (row-major) order
     float offset;                // added to every decoded 8-bit scale
     int64_t num_outputs;
 };
 
-struct Nf4Group {
+struct BlockwiseGroup {
     static constexpr int64_t BLOCK_K = 64;
     F32x16 codebook() const { return load(values); }
 
@@ -43,7 +43,7 @@ struct Nf4Group {
     const uint8_t* codes;
     const void* scales;      // uint8 if quant_map is there, else float
     const float* quant_map;  // what 8-bit scales stand for; null without double quantisation
-    const Nf4Slice* slices;
+    const BlockwiseSlice* slices;
     int64_t num_outputs;  // of all slices together
     int64_t num_inputs;
 };
@@ -76,9 +76,9 @@ template <class Group>
 class Scales;
 
 template <>
-class Scales<Nf4Group> {
+class Scales<BlockwiseGroup> {
 public:
-    Scales(const Nf4Group& group, int64_t block) : group_(group), tiles_(group.num_inputs / Nf4Group::BLOCK_K) {
+    Scales(const BlockwiseGroup& group, int64_t block) : group_(group), tiles_(group.num_inputs / BlockwiseGroup::BLOCK_K) {
         first_ = block * tiles_ * BLOCK_N;
         if (!group.quant_map) return;
         int64_t output = block * BLOCK_N;
@@ -114,9 +114,9 @@ private:
         change_ = (nested + 1) * int32_t(NESTED_BLOCK) - row_;
     }
 
-    const Nf4Group& group_;
+    const BlockwiseGroup& group_;
     int64_t tiles_, first_;
-    const Nf4Slice* slice_ = nullptr;
+    const BlockwiseSlice* slice_ = nullptr;
     I32x16 row_{}, change_{};
     int32_t nested_last_ = 0;
     F32x16 before_{}, after_{};
