@@ -13,7 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from msgspec.structs import replace
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import QALoraLinearVariant
 from safetensors.torch import load_file, save_file
@@ -66,6 +75,15 @@ KINDS: dict[str, Callable[[], PeftConfig]] = {
     "qalora": lambda: LoraConfig(
         r=4, use_qalora=True, qalora_group_size=GROUP_SIZE, target_modules=["q_proj", "down_proj"]
     ),
+    "embedding and head": lambda: LoraConfig(r=4, target_modules=["embed_tokens", "lm_head", "q_proj"]),
+    "single tokens": lambda: LoraConfig(
+        r=4, target_modules=["q_proj"], trainable_token_indices=list(range(20, 200, 3))
+    ),
+    "saved head and norms": lambda: LoraConfig(
+        r=4, target_modules=["v_proj"], modules_to_save=["lm_head", "input_layernorm", "model.norm"]
+    ),
+    "prefix": lambda: PrefixTuningConfig(num_virtual_tokens=5),
+    "virtual tokens": lambda: PromptTuningConfig(num_virtual_tokens=9),
 }
 
 QALORA_SUM = "qalora as in the paper"

@@ -312,20 +312,8 @@ Call = (
 """An op with its operands; `op` names the function that runs it."""
 
 CALLS = (
-    *(
-        BlockwiseLinear,
-        Int4Linear,
-        Int8Linear,
-        DenseLinear,
-        AddLora,
-        Attention,
-        Embed,
-        ReplaceRows,
-        Add,
-        RmsNorm,
-        LayerNorm,
-    ),
-    *(Rope, SiluMul, GeluMul, WriteCache),
+    *(BlockwiseLinear, Int4Linear, Int8Linear, DenseLinear, AddLora, Attention, Embed, ReplaceRows),
+    *(Add, RmsNorm, LayerNorm, Rope, SiluMul, GeluMul, WriteCache),
 )
 
 
