@@ -194,7 +194,7 @@ def _describe_memory(memory: EngineMemory) -> str:
     mebibytes = {part: f"{count / 2**20:,.0f}" for part, count in parts.items()}
     return (
         f"{sum(parts.values()) / 2**20:,.0f} MiB: weights {mebibytes['weights']}, KV cache {mebibytes['kv_cache']}, "
-        f"adapters {mebibytes['adapters']}, activations {mebibytes['activations']}, engine {mebibytes['runtime']}, "
+        f"adapters {mebibytes['adapters']}, activations {mebibytes['activations']}, runtime {mebibytes['runtime']}, "
         f"API {mebibytes['api']}"
     )
 
