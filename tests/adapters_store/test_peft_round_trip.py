@@ -18,6 +18,7 @@ from onebase_adapters.fused_projections import fuse_projections
 from onebase_adapters.peft_format import parse
 from onebase_adapters.peft_writer import write_peft
 
+from ..random_numbers import randomize
 from .conftest import LAYOUT
 
 SIZES = {
@@ -74,11 +75,7 @@ def save_random(base: PreTrainedModel, config: PeftConfig, directory: Path) -> T
     """Save an adapter of random numbers; the logits with it."""
     config.task_type = "CAUSAL_LM"
     model = get_peft_model(base, config).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    randomize(model)
     model.save_pretrained(directory)
     return logits(model)
 

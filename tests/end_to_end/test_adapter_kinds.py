@@ -38,6 +38,7 @@ from onebase_server.model.config import ModelConfig
 from onebase_server.model.weights import load_decoder
 from onebase_server.settings import EngineSettings
 
+from ..random_numbers import randomize
 from .conftest import SMALL, Oracle, load_nf4, publish
 from .test_mixed_batch import assert_like_oracle, prompt_of, run, submit
 
@@ -120,11 +121,7 @@ def save_kinds(kinds: dict[str, Callable[[], PeftConfig]], base: Path, directory
         model = get_peft_model(load_nf4(base), config, adapter_name=name)  # PEFT mixes no kinds in one model
         if getattr(config, "use_qalora", False):
             _make_qalora(model, name, config)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+        randomize(model)
         model.save_pretrained(directory)
         models[name] = model.eval()
     return models

@@ -12,6 +12,7 @@ from onebase_adapters.store import AdapterStore
 from onebase_kernels import dequantize
 from onebase_server.model.weight_formats import Quantization
 
+from ..random_numbers import randomize
 from .conftest import MakeEngine, Oracle, publish
 from .test_mixed_batch import assert_like_oracle, run, submit
 
@@ -40,11 +41,7 @@ def make_oracle(base: Path, quantization: Quantization, directory: Path) -> Orac
     models: dict[str, PeftModel] = {}
     for name, config in ADAPTERS.items():
         model = get_peft_model(quantised_model(base, quantization), config, adapter_name=name)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+        randomize(model)
         model.save_pretrained(directory)
         models[name] = model.eval()
     return Oracle(models, directory)

@@ -30,6 +30,7 @@ from onebase_server.engine.core import Engine
 from onebase_server.engine.request import AdapterRef, Retire, SamplingParams, Submit, TokenOutput
 from onebase_server.model.config import ModelConfig
 
+from ..random_numbers import randomize
 from .conftest import SMALL, VOCAB, Oracle, load_nf4, publish
 from .test_adapter_kinds import start_engine
 from .test_mixed_batch import prompt_of, run
@@ -109,11 +110,7 @@ def save_kind(root: Path, name: str, options: dict[str, Any], size: int) -> Peft
     if size != VOCAB:
         model.resize_token_embeddings(size)
     model = get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", **options), adapter_name=name)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    randomize(model)
     model.save_pretrained(root)
     return model.eval()
 

@@ -26,7 +26,7 @@ from onebase_server.errors import ConfigurationError
 from onebase_server.progress import step_progress
 
 if TYPE_CHECKING:
-    from onebase_server.model.merged_checkpoint import LinearError
+    from onebase_server.model.merged_checkpoint import MergedError
 
 WORST = 10
 """How many linears the table of errors shows."""
@@ -85,7 +85,7 @@ def _export_peft(adapter: Adapter, output: Path, base_name: str, layout: BaseLay
     write_peft(stack_experts(whole, layout), output, base_name=base_name)
 
 
-def error_table(together: "LinearError", errors: "Sequence[LinearError]", form: str) -> Table:
+def error_table(together: "MergedError", errors: "Sequence[MergedError]", form: str) -> Table:
     """All linears together, then the worst by relative error."""
     table = Table(title=f"Error of rounding base + adapter to {form}", title_justify="left")
     table.add_column("linear", overflow="fold")

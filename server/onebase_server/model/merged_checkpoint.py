@@ -25,6 +25,7 @@ from onebase_server.model.checkpoint import Checkpoint
 from onebase_server.model.checkpoint_writer import Progress, write_model
 from onebase_server.model.config import ModelConfig
 from onebase_server.model.weight_formats import FormatName
+from onebase_server.model.weight_report import LinearError
 from onebase_server.model.weights import check_tensors
 
 Quantization = Literal["nf4", "none"]
@@ -47,21 +48,11 @@ class ExportForm:
 
 
 @dataclass(frozen=True)
-class LinearError:
-    """How far a written weight is from the merged one in fp32; Frobenius norms."""
+class MergedError(LinearError):
+    """How far a written weight is from W, the merged one in fp32."""
 
-    name: str
-    """The linear's module, `model.layers.0.self_attn.q_proj`."""
-    error: float
-    merged: float
-    """Of base plus update."""
     update: float
     """Of what the adapter makes of the weight, less the weight."""
-
-    @property
-    def relative(self) -> float:
-        """The error as a share of the weight."""
-        return self.error / self.merged if self.merged else 0.0
 
     @property
     def of_update(self) -> float:
@@ -71,7 +62,7 @@ class LinearError:
 
 def export_merged(
     base: Path, adapter: Adapter, output: Path, form: ExportForm, on_progress: Progress | None = None
-) -> list[LinearError]:
+) -> list[MergedError]:
     """Write `base` plus `adapter` to the new directory `output`; the error of each linear that the adapter touches.
 
     Linears that it does not touch keep their NF4 codes where the output is NF4 too.
@@ -89,12 +80,12 @@ def export_merged(
     return merger.errors
 
 
-def all_together(errors: Sequence[LinearError]) -> LinearError:
+def all_together(errors: Sequence[MergedError]) -> MergedError:
     """The error of all linears as if they were one, named by how many they are."""
-    return LinearError(
+    return MergedError(
         f"all {len(errors)}",
         error=hypot(*(error.error for error in errors)),
-        merged=hypot(*(error.merged for error in errors)),
+        norm=hypot(*(error.norm for error in errors)),
         update=hypot(*(error.update for error in errors)),
     )
 
@@ -119,7 +110,7 @@ class _Merger:
 
     def __init__(self, base: Path, adapter: Adapter, form: ExportForm) -> None:
         self.config = ModelConfig.from_directory(base)
-        self.errors: list[LinearError] = []
+        self.errors: list[MergedError] = []
         self._base = base
         self._checkpoint = Checkpoint(base)
         check_tensors(self._checkpoint, self.config)
@@ -204,7 +195,7 @@ class _Merger:
         merged = _merged_weight(base, parts)
         rounded = self._rounded(merged)
         differences = (_dense(rounded) - merged, merged, merged - base)
-        self.errors.append(LinearError(module, *(float(matrix.norm()) for matrix in differences)))
+        self.errors.append(MergedError(module, *(float(matrix.norm()) for matrix in differences)))
         return rounded
 
     def _rounded(self, merged: Tensor) -> Tensor | BlockwiseWeight:

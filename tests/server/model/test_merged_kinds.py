@@ -25,6 +25,8 @@ from onebase_server.model.config import ModelConfig
 from onebase_server.model.merged_checkpoint import ExportForm, all_together, export_merged
 from onebase_server.model.weights import load_decoder
 
+from ...random_numbers import randomize
+
 MakeModel = Callable[..., PreTrainedModel]
 
 TOKENS = torch.arange(20).unsqueeze(0)
@@ -55,11 +57,7 @@ def randomised(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """The model with an adapter that has random numbers in everything that is trained."""
     config.task_type = "CAUSAL_LM"
     peft_model = get_peft_model(model, config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in peft_model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    randomize(peft_model)
     assert isinstance(peft_model, PeftModel)
     return peft_model.eval()
 
@@ -169,7 +167,7 @@ def test_the_error_is_told_of_the_weights_that_change(scaled, tmp_path):
     errors = export_merged(tmp_path / "model", scaled, tmp_path / "out", form)
     (error,) = errors
     assert error.name == "model.layers.1.self_attn.o_proj"
-    assert error.update == pytest.approx(2 / 3 * error.merged, rel=1e-5)
+    assert error.update == pytest.approx(2 / 3 * error.norm, rel=1e-5)
     assert 0 < error.relative < 4e-3
     assert all_together(errors).relative == pytest.approx(error.relative)
     assert all_together([]).relative == 0
