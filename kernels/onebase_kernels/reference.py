@@ -81,7 +81,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return F.linear(x, weight, bias)
 
 
-def start_lora(x: Tensor, lora: LoraBatch, place: int) -> object:
+def start_lora(x: Tensor, lora: LoraBatch, place: int, widths: Sequence[int]) -> object:
     """Begin what `add_lora_` can compute before there is a y, to run beside the product that makes y.
 
     What is returned goes to `add_lora_`, which must follow; None where nothing has begun.

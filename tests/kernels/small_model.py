@@ -47,7 +47,7 @@ class SmallModel:
         kernels.replace_rows_(hidden, inputs.replaced)
         normed = kernels.rms_norm(hidden, self.norm, 1e-5)
         for layer in range(LAYERS):
-            started = kernels.start_lora(normed, inputs.lora, layer)
+            started = kernels.start_lora(normed, inputs.lora, layer, (HIDDEN, 32, 32))
             qkv = kernels.quantized_linear(normed, self.qkv[layer], self.bias)
             kernels.add_lora_(qkv, normed, inputs.lora, layer, (HIDDEN, 32, 32), started)
             q, k, v = torch.split(qkv.view(rows, -1, HEAD_DIM), [HEADS, KV_HEADS, KV_HEADS], dim=1)

@@ -4,8 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch import Tensor
 
 import onebase_kernels as kernels
+from onebase_kernels import LoraBatch, Segment
 from onebase_kernels.cpu.build import VARIANTS
 from onebase_kernels.cpu.library import LibraryUnavailable, load_library, runnable_variants, why_not
 
@@ -38,13 +40,23 @@ def test_several_threads_give_the_bits_of_one(variant: str, monkeypatch: pytest.
     kernels.use_backend("cpu")
     packed = kernels.pack_quantized([kernels.quantize_nf4(torch.randn(n, 256)) for n in (512, 128, 128)])
     head = torch.randn(4096, 256).bfloat16()
+    ranks = torch.tensor([[[0, 8, 8, 8, 0], [3 * 8 * 512, 4, 0, 64, 0]]])
+    widths, arena = (512, 128, 128), torch.randn(70_000).bfloat16()
+
+    def adapted(x: Tensor) -> Tensor:
+        lora = LoraBatch(arena, ranks, (Segment(0, 0, len(x) // 2), Segment(1, len(x) // 2, len(x))))
+        started = kernels.start_lora(x, lora, 0, widths)
+        y = kernels.quantized_linear(x, packed)
+        kernels.add_lora_(y, x, lora, 0, widths, started)
+        return y
+
     try:
         for rows in (1, 3, 40):
             x = torch.randn(rows, 256).bfloat16()
-            alone = kernels.quantized_linear(x, packed), kernels.head_logits(x, head)
+            alone = adapted(x), kernels.head_logits(x, head)
             library.onebase_set_threads(3)
             for _ in range(200):  # threads that fall asleep, that are late, that have nothing left to do
-                assert torch.equal(kernels.quantized_linear(x, packed), alone[0])
+                assert torch.equal(adapted(x), alone[0])
                 assert torch.equal(kernels.head_logits(x, head), alone[1])
             library.onebase_set_threads(1)
     finally:

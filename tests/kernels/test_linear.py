@@ -149,11 +149,14 @@ class Arena:
         self.numbers = torch.cat(chunks)
         self.table = torch.tensor(rows, dtype=torch.int64)
 
-    def add_to(self, y: Tensor, x: Tensor, segments: Sequence[Segment]) -> None:
-        """The side path, with the group at the second of three places."""
+    def batch(self, dtype: torch.dtype, segments: Sequence[Segment]) -> LoraBatch:
+        """A step's side path, with the group at the second of three places."""
         nowhere = torch.full_like(self.table, -1)
-        lora = LoraBatch(self.numbers.to(y.dtype), torch.stack([nowhere, self.table, nowhere]), tuple(segments))
-        kernels.add_lora_(y, x, lora, 1, self.widths)
+        return LoraBatch(self.numbers.to(dtype), torch.stack([nowhere, self.table, nowhere]), tuple(segments))
+
+    def add_to(self, y: Tensor, x: Tensor, segments: Sequence[Segment]) -> None:
+        """The side path, after whatever made y."""
+        kernels.add_lora_(y, x, self.batch(y.dtype, segments), 1, self.widths)
 
     def expected(self, y: Tensor, x: Tensor, segments: Sequence[Segment]) -> Tensor:
         """What the side path makes of y."""
@@ -230,3 +233,41 @@ def test_side_path_in_bfloat16_is_near_float32(
     arena.add_to(y, x.bfloat16(), segments)
     assert relative_error(y, arena.expected(torch.zeros(62, sum(widths)), x, segments)) < 1e-2
     assert not y[[4, 5, 60, 61]].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("product", ["nf4", "int8", "dense"])
+def test_a_side_path_started_before_the_product_gives_what_it_gives_afterwards(
+    backend: str, product: str, dtype: torch.dtype
+) -> None:
+    widths = (64, 32, 32)
+    arena = Arena(64, widths, [[1, 8, 40], [16, 16, 16], [0, 300, 3]], (0, 5, 2))
+    weight = random(sum(widths), 64) / 8
+    packed = None if product == "dense" else kernels.pack_quantized([QUANTISE[product](weight)])
+
+    def base(x: Tensor) -> Tensor:
+        return kernels.quantized_linear(x, packed) if packed else kernels.dense_linear(x, weight.to(dtype))
+
+    for rows in (1, 2, 16, 70):  # by a kernel of its own each
+        x = random(rows, 64, seed=7).to(dtype)
+        one, two, three = rows // 8, rows // 4, rows - rows // 8
+        for segments in ([Segment(1, 0, rows)], [Segment(0, one, two), Segment(2, two, three)], []):
+            lora = arena.batch(dtype, segments)
+            expected = base(x)
+            kernels.add_lora_(expected, x, lora, 1, widths)
+            started = kernels.start_lora(x, lora, 1, widths)
+            y = base(x)
+            kernels.add_lora_(y, x, lora, 1, widths, started)
+            assert torch.equal(y, expected), (rows, segments)
+
+
+def test_a_side_path_does_without_the_product_it_was_started_for(backend: str) -> None:
+    arena = Arena(64, (64,), [[8]])
+    x, base, segments = random(4, 64, seed=7).bfloat16(), random(4, 64, seed=8).bfloat16(), [Segment(0, 1, 3)]
+    lora = arena.batch(torch.bfloat16, segments)
+    alone, after_another = base.clone(), base.clone()
+    kernels.add_lora_(alone, x, lora, 1, (64,))
+    started = kernels.start_lora(x, lora, 1, (64,))
+    kernels.dense_linear(random(4, 64, seed=9).bfloat16(), random(32, 64).bfloat16())  # another x
+    kernels.add_lora_(after_another, x, lora, 1, (64,), started)
+    assert torch.equal(after_another, alone)

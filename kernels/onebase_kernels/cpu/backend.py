@@ -22,6 +22,8 @@ from onebase_kernels.quantized import PackedWeights, QuantizedWeight
 _LANES = 16
 _HEAD_SIZES = frozenset({16, 32, 48, 64, 80, 96, 128, 192, 256})
 """attention.cpp has one function for each."""
+_STARTED = object()
+"""What `start_lora` returns: the library itself keeps what has begun."""
 _READ = {**DTYPES, torch.float16: calls.FLOAT16}
 """What `copy_matrices_` reads."""
 
@@ -164,20 +166,45 @@ def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> 
     run(call, Step(rows=x.shape[0]))
 
 
+def start_lora(x: Tensor, lora: LoraBatch, place: int, widths: Sequence[int]) -> object:
+    """As `reference.start_lora`: the product that follows computes the shrink, and fetches what both passes read."""
+    if not _carries_lora(x, lora):
+        return None
+    _run_lora(calls.StartLora, None, x, lora, place, widths, started=None)
+    return _STARTED
+
+
 def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequence[int], started: object = None) -> None:
     """As `reference.add_lora_`, all segments and slices in one call."""
-    if y.dtype not in DTYPES or not _are_plain(y, x, lora.arena, lora.table):
+    if not _carries_lora(x, lora) or y.dtype != x.dtype or not _are_plain(y):
         reference.add_lora_(y, x, lora, place, widths)
         return
-    call = calls.AddLora(
-        y=y.data_ptr(),
+    _run_lora(calls.AddLora, y, x, lora, place, widths, started)
+
+
+def _carries_lora(x: Tensor, lora: LoraBatch) -> bool:
+    return x.dtype in DTYPES and _are_plain(x, lora.arena, lora.table)
+
+
+def _run_lora(
+    kind: type[calls.AddLora] | type[calls.StartLora],
+    y: Tensor | None,
+    x: Tensor,
+    lora: LoraBatch,
+    place: int,
+    widths: Sequence[int],
+    started: object,
+) -> None:
+    call = kind(
+        y=None if y is None else y.data_ptr(),
         x=x.data_ptr(),
         widths=ctypes.addressof(_widths(tuple(widths))),
         num_slices=len(widths),
         num_inputs=x.shape[1],
-        num_outputs=y.shape[1],
+        num_outputs=sum(widths),
         place=place,
-        dtype=DTYPES[y.dtype],
+        dtype=DTYPES[x.dtype],
+        is_started=started is _STARTED,
     )
     step = Step(rows=x.shape[0])
     execution.add_segments(step, lora)

@@ -139,7 +139,15 @@ class AddLora(ctypes.Structure):
         ("num_outputs", Int),
         ("place", Int),
         ("dtype", Code),
+        ("is_started", Code),
     )
+
+
+class StartLora(ctypes.Structure):
+    """lora.cpp: an `AddLora` whose y is not there yet."""
+
+    op = "onebase_start_lora"
+    _fields_ = AddLora._fields_
 
 
 class Matrix(ctypes.Structure):
@@ -298,6 +306,7 @@ class ChooseTokens(ctypes.Structure):
 Call = (
     QuantizedLinear
     | DenseLinear
+    | StartLora
     | AddLora
     | Attention
     | Embed
@@ -312,7 +321,7 @@ Call = (
 """An op with its operands; `op` names the function that runs it."""
 
 CALLS = (
-    *(BlockwiseLinear, Int4Linear, Int8Linear, DenseLinear, AddLora, Attention, Embed, ReplaceRows),
+    *(BlockwiseLinear, Int4Linear, Int8Linear, DenseLinear, StartLora, AddLora, Attention, Embed, ReplaceRows),
     *(Add, RmsNorm, LayerNorm, Rope, SiluMul, GeluMul, WriteCache),
 )
 

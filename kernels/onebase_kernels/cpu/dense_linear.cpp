@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "parallel.h"
+#include "side_path.h"
 #include "simd.h"
 #include "step.h"
 
@@ -106,12 +106,13 @@ template <class T>
 void linear(const DenseLinear& call, int64_t m, T* y) {
     const int64_t n = call.num_outputs, k = call.num_inputs;
     const auto x_tiles = transpose_pairs(call.x, m, k);
-    parallel(n / BLOCK, [&](int64_t first, int64_t last) {
+    parallel_with_side_path(n / BLOCK, call.x, 1, [&](int64_t first, int64_t last, FetchAhead& fetch) {
 #if defined(__AMX_BF16__)
         const Tiles configured;
 #endif
         alignas(64) float sums[MAX_TILES * BLOCK * BLOCK];
-        for (int64_t block = first; block < last; block++)
+        for (int64_t block = first; block < last; block++) {
+            fetch();
             for (int64_t row = 0; row < m; row += MAX_TILES * BLOCK) {
                 const int64_t rows = std::min(m - row, MAX_TILES * BLOCK);
                 multiply_block(int((rows + BLOCK - 1) / BLOCK), call.weight + block * BLOCK * k,
@@ -124,6 +125,7 @@ void linear(const DenseLinear& call, int64_t m, T* y) {
                                   sums[(i / BLOCK * BLOCK + output) * BLOCK + i % BLOCK] + bias);
                     }
             }
+        }
     });
 }
 

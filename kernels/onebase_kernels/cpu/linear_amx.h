@@ -29,7 +29,7 @@ template <class Group>
 // ahead of the products and scaling one behind, so that none waits for what was only just written.
 template <class Group, class Y>
 void multiply_some(const Group& group, int64_t block, const BFloat16* x, int64_t row, int64_t m,
-                   const Starts<Group, BFloat16>& starts, Y* y) {
+                   const Starts<Group, BFloat16>& starts, FetchAhead& fetch, Y* y) {
     constexpr int64_t BLOCK_K = Group::BLOCK_K;
     const int64_t k = group.num_inputs, tiles = k / BLOCK_K;
     const uint8_t* codes = group.codes + block * tiles * TILE_BYTES<Group>;
@@ -45,6 +45,7 @@ void multiply_some(const Group& group, int64_t block, const BFloat16* x, int64_t
     };
     decode_tile<Group>(codebook, codes, weights[0]);
     for (int64_t tile = 0; tile < tiles; tile++) {
+        fetch();
         if (tile + 1 < tiles)
             decode_tile<Group>(codebook, codes + (tile + 1) * TILE_BYTES<Group>, weights[(tile + 1) % 2]);
         _tile_zero(0);

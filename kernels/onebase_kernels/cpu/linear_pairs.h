@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "blockwise_weight.h"
+#include "side_path.h"
 
 namespace onebase {
 
@@ -63,7 +64,7 @@ inline __m512i add_products(__m512i sums, __m512i weights, const int16_t* two_in
 // y[ROWS, 16 outputs] of ROWS rows of x from `row` on.
 template <int ROWS, class Group, class Y>
 void multiply_pairs(const Group& group, int64_t block, const FixedPointRows<Group::BLOCK_K>& x, int64_t row,
-                    const Starts<Group, BFloat16>& starts, Y* y) {
+                    const Starts<Group, BFloat16>& starts, FetchAhead& fetch, Y* y) {
     const int64_t k = group.num_inputs, tiles = k / Group::BLOCK_K;
     const uint8_t* codes = group.codes + block * tiles * TILE_BYTES<Group>;
     const __m512i codebook = in_fixed_point(group.codebook());
@@ -71,6 +72,7 @@ void multiply_pairs(const Group& group, int64_t block, const FixedPointRows<Grou
     F32x16 total[ROWS];
     starts.set(total, block, row);
     for (int64_t tile = 0; tile < tiles; tile++) {
+        fetch();
         const int16_t* inputs = x.numbers.data() + row * k + tile * Group::BLOCK_K;
         __m512i even[ROWS] = {}, odd[ROWS] = {};  // 32 products each, which is what fits
 #pragma GCC unroll 8

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "lora_call.h"
-#include "parallel.h"
+#include "side_path.h"
 
 #if defined(__AVX512BF16__)
 #include "lora_row.h"
@@ -27,6 +27,7 @@ constexpr int64_t COLUMNS = 1536;  // most columns of B that one piece of the ex
 constexpr int64_t FEW_COLUMNS = 256;  // where there are too few segments to give all threads something
 constexpr size_t MANY_SEGMENTS = 4;
 constexpr int64_t ROWS = 4;       // rows of x or y that share one reading of A or B
+constexpr int64_t FETCHED_BYTES = 1280 << 10;  // for each thread, that its second cache can hold until the expand
 
 struct ShrinkPiece {
     const Segment* segment;
@@ -61,18 +62,35 @@ inline void dot_rows(const T* x, int64_t x_stride, const T* a, int64_t k, float*
     }
 }
 
+// Single rows in bfloat16.
+#if defined(__AVX512BF16__)
+template <bool IS_FETCHED>
+void shrink_rows(const LoraGroup<BFloat16>& group, const ShrinkPiece& piece) {
+    const int64_t k = group.num_inputs;
+    const BFloat16* a = group.a(*piece.segment) + piece.first_rank * k;
+    float* shrunk = piece.shrunk + piece.first_rank;
+    for (int64_t row = piece.segment->start; row < piece.segment->stop; row++, shrunk += piece.total_rank)
+        shrink_row<IS_FETCHED>(group.x + row * k, a, k, piece.last_rank - piece.first_rank, shrunk);
+}
+
+template <bool IS_FETCHED>
+void expand_rows(const LoraGroup<BFloat16>& group, const ExpandPiece& piece, BFloat16* y) {
+    PairSums sums[COLUMNS / ROW_STEP];
+    const float* shrunk = piece.shrunk;
+    for (int64_t row = piece.segment->start; row < piece.segment->stop; row++, shrunk += piece.total_rank)
+        expand_row<IS_FETCHED>(static_cast<const BFloat16*>(piece.b), piece.rank, piece.width, piece.columns, shrunk,
+                               static_cast<const BFloat16*>(piece.gain), sums,
+                               y + row * group.num_outputs + piece.y_column);
+}
+#endif
+
 template <class T>
-void shrink(const LoraGroup<T>& group, const ShrinkPiece& piece) {
+void shrink(const LoraGroup<T>& group, const ShrinkPiece& piece, [[maybe_unused]] bool is_fetched) {
     const int64_t k = group.num_inputs, rows = piece.segment->stop - piece.segment->start;
     const T* a = group.a(*piece.segment);
 #if defined(__AVX512BF16__)
     if constexpr (sizeof(T) == sizeof(BFloat16)) {
-        if (is_whole(k)) {
-            for (int64_t row = 0; row < rows; row++)
-                shrink_row(group.x + (piece.segment->start + row) * k, a + piece.first_rank * k, k,
-                           piece.last_rank - piece.first_rank, piece.shrunk + row * piece.total_rank + piece.first_rank);
-            return;
-        }
+        if (is_whole(k)) return is_fetched ? shrink_rows<true>(group, piece) : shrink_rows<false>(group, piece);
     }
 #endif
     for (int64_t rank = piece.first_rank; rank < piece.last_rank; rank++) {
@@ -135,20 +153,15 @@ inline void expand_one(const ExpandPiece& piece, int64_t column, const float* sh
 }
 
 template <class T>
-void expand(const LoraGroup<T>& group, const ExpandPiece& piece) {
+void expand(const LoraGroup<T>& group, const ExpandPiece& piece, T* y, [[maybe_unused]] bool is_fetched) {
     const int64_t rows = piece.segment->stop - piece.segment->start, stride = group.num_outputs;
-    T* y = group.y + piece.segment->start * stride + piece.y_column;
 #if defined(__AVX512BF16__)
     if constexpr (sizeof(T) == sizeof(BFloat16)) {
-        if (rows <= FEW_ROWS && is_whole(piece.columns)) {
-            alignas(64) float sums[COLUMNS];
-            for (int64_t row = 0; row < rows; row++)
-                expand_row(static_cast<const T*>(piece.b), piece.rank, piece.width, piece.columns,
-                           piece.shrunk + row * piece.total_rank, static_cast<const T*>(piece.gain), sums, y + row * stride);
-            return;
-        }
+        if (is_whole(piece.columns))
+            return is_fetched ? expand_rows<true>(group, piece, y) : expand_rows<false>(group, piece, y);
     }
 #endif
+    y += piece.segment->start * stride + piece.y_column;
     const int64_t whole_rows = rows / ROWS * ROWS, by_64 = piece.columns / 64 * 64, by_16 = piece.columns / LANES * LANES;
     const auto shrunk = [&](int64_t row) { return piece.shrunk + row * piece.total_rank; };
     for (int64_t column = 0; column < by_64; column += 64)
@@ -160,11 +173,12 @@ void expand(const LoraGroup<T>& group, const ExpandPiece& piece) {
             expand_one(piece, column, shrunk(row), y + row * stride + column);
 }
 
-// The segments that are computed row by row, in pieces.
+// Segments that are computed by vectors: in bfloat16 row by row, in fp32 a few rows at a time.
 template <class T>
-class VectorLora {
+class VectorLora final : public SidePath {
 public:
-    VectorLora(const LoraGroup<T>& group, const std::vector<Segment>& segments) : group_(group), segments_(segments) {
+    VectorLora(const LoraGroup<T>& group, std::vector<Segment> segments, bool is_fetched)
+        : SidePath(group.x, is_fetched), group_(group), segments_(std::move(segments)) {
         int64_t size = 0;
         for (const Segment& segment : segments_) size += (segment.stop - segment.start) * group.total_rank(segment);
         shrunk_.resize(size);
@@ -184,14 +198,26 @@ public:
         }
     }
 
-    int64_t num_shrinks() const { return int64_t(shrinks_.size()); }
-    int64_t num_expands() const { return int64_t(expands_.size()); }
-    void shrink(int64_t piece) const { onebase::shrink(group_, shrinks_[piece]); }
-    void expand(int64_t piece) const { onebase::expand(group_, expands_[piece]); }
+    int64_t num_shrinks() const override { return int64_t(shrinks_.size()); }
+    int64_t num_expands() const override { return int64_t(expands_.size()); }
+    void shrink(int64_t first, int64_t last) override {
+        for (int64_t i = first; i < last; i++) onebase::shrink(group_, shrinks_[i], is_fetched);
+    }
+    void expand(int64_t first, int64_t last, void* y) const override {
+        for (int64_t i = first; i < last; i++) onebase::expand(group_, expands_[i], static_cast<T*>(y), is_fetched);
+    }
+    void add_shrink_runs(int64_t i, std::vector<Run>& runs) const override {
+        const ShrinkPiece& piece = shrinks_[i];
+        add_rows(runs, group_.a(*piece.segment), piece.first_rank, piece.last_rank, group_.num_inputs, group_.num_inputs);
+    }
+    void add_expand_runs(int64_t i, std::vector<Run>& runs) const override {
+        const ExpandPiece& piece = expands_[i];
+        add_rows(runs, static_cast<const T*>(piece.b), 0, piece.rank, piece.columns, piece.width);
+    }
 
 private:
-    const LoraGroup<T>& group_;
-    std::vector<Segment> segments_;
+    const LoraGroup<T> group_;
+    const std::vector<Segment> segments_;
     std::vector<float> shrunk_;
     std::vector<ShrinkPiece> shrinks_;
     std::vector<ExpandPiece> expands_;
@@ -199,57 +225,90 @@ private:
 
 #if defined(__AMX_BF16__)
 // Long segments by AMX and the others by vectors, side by side: threads wait for one another once a pass.
-void add_lora_with_amx(const LoraGroup<BFloat16>& group, const std::vector<Segment>& long_segments,
-                       const std::vector<Segment>& short_segments) {
-    AmxLora by_amx(group, long_segments);
-    const VectorLora<BFloat16> by_vectors(group, short_segments);
-    const int64_t shrinks = by_amx.num_shrinks(), expands = by_amx.num_expands();
-    parallel(shrinks + by_vectors.num_shrinks(), [&](int64_t first, int64_t last) {
+class MixedLora final : public SidePath {
+public:
+    MixedLora(const LoraGroup<BFloat16>& group, const std::vector<Segment>& long_segments,
+              const std::vector<Segment>& short_segments, bool is_fetched)
+        : SidePath(group.x, is_fetched), by_amx_(group, long_segments), by_vectors_(group, short_segments, is_fetched) {}
+
+    int64_t num_shrinks() const override { return by_amx_.num_shrinks() + by_vectors_.num_shrinks(); }
+    int64_t num_expands() const override { return by_amx_.num_expands() + by_vectors_.num_expands(); }
+    void shrink(int64_t first, int64_t last) override {
+        const int64_t amx = by_amx_.num_shrinks(), border = std::clamp(amx, first, last);
         const Tiles tiles;
-        for (int64_t i = first; i < last; i++) i < shrinks ? by_amx.shrink(i) : by_vectors.shrink(i - shrinks);
-    });
-    parallel(expands + by_vectors.num_expands(), [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < border; i++) by_amx_.shrink(i);
+        by_vectors_.shrink(border - amx, last - amx);
+    }
+    void expand(int64_t first, int64_t last, void* y) const override {
+        const int64_t amx = by_amx_.num_expands(), border = std::clamp(amx, first, last);
         const Tiles tiles;
-        for (int64_t i = first; i < last; i++) i < expands ? by_amx.expand(i) : by_vectors.expand(i - expands);
-    });
-}
+        for (int64_t i = first; i < border; i++) by_amx_.expand(i, static_cast<BFloat16*>(y));
+        by_vectors_.expand(border - amx, last - amx, y);
+    }
+    void add_shrink_runs(int64_t i, std::vector<Run>& runs) const override {
+        const int64_t amx = by_amx_.num_shrinks();
+        i < amx ? by_amx_.add_shrink_runs(i, runs) : by_vectors_.add_shrink_runs(i - amx, runs);
+    }
+    void add_expand_runs(int64_t i, std::vector<Run>& runs) const override {
+        const int64_t amx = by_amx_.num_expands();
+        i < amx ? by_amx_.add_expand_runs(i, runs) : by_vectors_.add_expand_runs(i - amx, runs);
+    }
+
+private:
+    AmxLora by_amx_;
+    VectorLora<BFloat16> by_vectors_;
+};
 #endif
 
 template <class T>
-void add_lora(const LoraGroup<T>& group, const Segment* segments, int64_t num_segments) {
-    std::vector<Segment> short_segments(segments, segments + num_segments);
+std::unique_ptr<SidePath> make_side_path(const LoraGroup<T>& group, std::vector<Segment> segments, bool is_fetched) {
 #if defined(__AMX_BF16__)
     if constexpr (sizeof(T) == sizeof(BFloat16)) {
-        if (AmxLora::carries(group)) {
-            const auto is_long = [](const Segment& segment) { return segment.stop - segment.start > FEW_ROWS; };
-            const auto first_long =
-                std::stable_partition(short_segments.begin(), short_segments.end(), std::not_fn(is_long));
-            const std::vector<Segment> long_segments(first_long, short_segments.end());
-            short_segments.erase(first_long, short_segments.end());
-            if (!long_segments.empty()) return add_lora_with_amx(group, long_segments, short_segments);
-        }
+        const auto is_long = [&](const Segment& segment) {
+            const int64_t rows = segment.stop - segment.start;
+            return rows > 1 && rows * group.total_rank(segment) > FEW_PRODUCTS * group.num_slices;
+        };
+        const auto first_long = std::stable_partition(segments.begin(), segments.end(), std::not_fn(is_long));
+        if (AmxLora::carries(group) && first_long != segments.end())
+            return std::make_unique<MixedLora>(group, std::vector<Segment>(first_long, segments.end()),
+                                               std::vector<Segment>(segments.begin(), first_long), is_fetched);
     }
 #endif
-    const VectorLora<T> by_vectors(group, short_segments);
-    parallel(by_vectors.num_shrinks(), [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; i++) by_vectors.shrink(i);
+    return std::make_unique<VectorLora<T>>(group, std::move(segments), is_fetched);
+}
+
+// `is_started`: the product that makes y follows.
+std::unique_ptr<SidePath> make_side_path(const AddLora& call, const Step& step, bool is_started) {
+    std::unique_ptr<SidePath> side;
+    dispatch(call.dtype, [&]<class T>() {
+        const LoraGroup<T> group{static_cast<const T*>(call.x), static_cast<const T*>(step.arena),
+                                 step.adapter_table + call.place * step.slots * TABLE_COLUMNS, call.widths,
+                                 call.num_slices, call.num_inputs, call.num_outputs};
+        std::vector<Segment> segments(step.segments, step.segments + step.num_segments);
+        int64_t bytes = 0;
+        for (const Segment& segment : segments) bytes += group.num_bytes(segment);
+        const bool is_fetched = is_started && bytes <= FETCHED_BYTES * num_threads();
+        side = make_side_path(group, std::move(segments), is_fetched);
     });
-    parallel(by_vectors.num_expands(), [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; i++) by_vectors.expand(i);
-    });
+    return side;
 }
 
 }  // namespace
 }  // namespace onebase
 
+// The contract of start_lora in reference.py: what follows is the product that makes y, then onebase_add_lora.
+ONEBASE_EXPORT void onebase_start_lora(const onebase::AddLora* call, const onebase::Step* step) {
+    auto& started = onebase::started_side_path();
+    started = step->num_segments ? onebase::make_side_path(*call, *step, true) : nullptr;
+}
+
 // The contract of add_lora_ in reference.py; all matrices of `dtype`, contiguous.
 ONEBASE_EXPORT void onebase_add_lora(const onebase::AddLora* call, const onebase::Step* step) {
     if (step->num_segments == 0) return;
-    onebase::dispatch(call->dtype, [&]<class T>() {
-        const onebase::LoraGroup<T> group{
-            static_cast<const T*>(call->x), static_cast<T*>(call->y), static_cast<const T*>(step->arena),
-            step->adapter_table + call->place * step->slots * onebase::TABLE_COLUMNS, call->widths, call->num_slices,
-            call->num_inputs, call->num_outputs};
-        onebase::add_lora(group, step->segments, step->num_segments);
-    });
+    std::unique_ptr<onebase::SidePath> side;
+    if (call->is_started) side = std::move(onebase::started_side_path());
+    if (!side) side = onebase::make_side_path(*call, *step, false);
+    if (!side->is_shrunk)
+        onebase::parallel(side->num_shrinks(), [&](int64_t first, int64_t last) { side->shrink(first, last); });
+    onebase::parallel(side->num_expands(), [&](int64_t first, int64_t last) { side->expand(first, last, call->y); });
 }

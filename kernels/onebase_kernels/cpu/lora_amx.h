@@ -6,6 +6,7 @@
 
 #include "amx.h"
 #include "lora_call.h"
+#include "side_path.h"
 
 namespace onebase {
 
@@ -41,7 +42,19 @@ public:
     int64_t num_shrinks() const { return int64_t(shrinks_.size()); }
     int64_t num_expands() const { return int64_t(expands_.size()); }
     void shrink(int64_t piece) { shrink(shrinks_[piece]); }
-    void expand(int64_t piece) { expand(expands_[piece]); }
+    void expand(int64_t piece, BFloat16* y) const { expand(expands_[piece], y); }
+
+    // What they read, as side_path.h has it; what several tiles of rows read is told once.
+    void add_shrink_runs(int64_t i, std::vector<Run>& runs) const {
+        const Shrink& piece = shrinks_[i];
+        if (piece.row_tile) return;
+        const BFloat16* a = group_.a(piece.segment);
+        add_rows(runs, a, piece.first_rank, piece.last_rank, group_.num_inputs, group_.num_inputs);
+    }
+    void add_expand_runs(int64_t i, std::vector<Run>& runs) const {
+        const Expand& piece = expands_[i];
+        add_rows(runs, piece.b, 0, piece.last_rank - piece.first_rank, piece.columns, piece.width);
+    }
 
 private:
     // 16 rows' products with some ranks of A, of all slices together.
@@ -139,7 +152,7 @@ private:
         }
     }
 
-    void expand(const Expand& piece) {
+    void expand(const Expand& piece, BFloat16* y) const {
         const int64_t rows = piece.segment.stop - piece.segment.start, stride = group_.num_outputs;
         const int64_t first_step = piece.first_rank / LORA_DEPTH, last_step = steps(piece.last_rank);
         thread_local AlignedVector<BFloat16> b;
@@ -163,7 +176,7 @@ private:
                 add(both[(turn + 1) % 2], piece.width);  // meanwhile: what AMX stores can be loaded only long after
                 Products& now = both[turn % 2];
                 now.rows = std::min(LORA_ROWS, rows - tile * LORA_ROWS);
-                now.y = group_.y + (piece.segment.start + tile * LORA_ROWS) * stride + piece.y_column + column;
+                now.y = y + (piece.segment.start + tile * LORA_ROWS) * stride + piece.y_column + column;
                 now.gain = piece.gain ? piece.gain + column : nullptr;
                 _tile_stored(0, now.sums[0], 64);
                 _tile_stored(1, now.sums[1], 64);
@@ -199,7 +212,7 @@ private:
         }
     }
 
-    const LoraGroup<BFloat16>& group_;
+    const LoraGroup<BFloat16> group_;
     std::vector<Shrink> shrinks_;
     std::vector<Expand> expands_;
     AlignedVector<BFloat16> shrunk_;

@@ -10,12 +10,13 @@ constexpr int64_t MOST_SLICES = 3;  // of a group
 constexpr int64_t TABLE_COLUMNS = 2 + MOST_SLICES;  // of a row of the table: offset in the arena, ranks, epilogues
 
 struct AddLora {
-    void* y;        // [rows, num_outputs], to be added to
+    void* y;        // [rows, num_outputs], to be added to; where the side path is only started: null
     const void* x;  // [rows, num_inputs]
     const int64_t* widths;  // [num_slices], together num_outputs
     int64_t num_slices, num_inputs, num_outputs;
     int64_t place;  // of this projection group in the adapters' table
     int32_t dtype;
+    int32_t is_started;  // by the call before the product that made y
 };
 
 // What a segment's adapter has for one linear of a group.
@@ -29,7 +30,6 @@ struct LoraSlice {
 template <class T>
 struct LoraGroup {
     const T* x;
-    T* y;
     const T* arena;
     const int64_t* table;  // [slots, TABLE_COLUMNS]
     const int64_t* widths;
@@ -40,6 +40,11 @@ struct LoraGroup {
         int64_t total = 0;
         for (int64_t i = 0; i < num_slices; i++) total += ranks(segment)[i];
         return total;
+    }
+    int64_t num_bytes(const Segment& segment) const {
+        int64_t numbers = total_rank(segment) * num_inputs;
+        for (int64_t i = 0; i < num_slices; i++) numbers += ranks(segment)[i] * widths[i];
+        return numbers * int64_t(sizeof(T));
     }
     const T* a(const Segment& segment) const { return arena + table[segment.slot * TABLE_COLUMNS]; }
 

@@ -8,7 +8,7 @@
 #include "int4_weight.h"
 #include "int8_weight.h"
 #include "blockwise_weight.h"
-#include "parallel.h"
+#include "side_path.h"
 #include "step.h"
 
 #if defined(__AVX512BF16__)
@@ -66,8 +66,9 @@ void linear_wide(const Group& group, const X* x, int64_t m, const X* bias, Y* y)
     const Starts<Group, X> starts(group, x, m, bias);
     std::vector<float> wide(m * k);
     for (int64_t i = 0; i < m * k; i += LANES) store(wide.data() + i, load(x + i));
-    parallel(group.num_outputs / BLOCK_N, [&](int64_t first, int64_t last) {
+    parallel_with_side_path(group.num_outputs / BLOCK_N, x, 1, [&](int64_t first, int64_t last, FetchAhead& fetch) {
         for (int64_t block = first; block < last; block++) {
+            fetch();
             int64_t row = 0;
             const auto multiply = [&]<int ROWS>() {  // a block is decoded once for so many rows
                 for (; row + ROWS <= m; row += ROWS) multiply_wide<ROWS>(group, block, wide.data(), row, starts, y);
@@ -85,11 +86,12 @@ template <class Group, class Y>
 void linear_pairs(const Group& group, const BFloat16* x, int64_t m, const BFloat16* bias, Y* y) {
     const FixedPointRows<Group::BLOCK_K> rows(x, m, group.num_inputs);
     const Starts<Group, BFloat16> starts(group, x, m, bias);
-    parallel(group.num_outputs / BLOCK_N, [&](int64_t first, int64_t last) {
+    const int64_t tiles = group.num_inputs / Group::BLOCK_K;
+    parallel_with_side_path(group.num_outputs / BLOCK_N, x, tiles, [&](int64_t first, int64_t last, FetchAhead& fetch) {
         for (int64_t block = first; block < last; block++) {
             int64_t row = 0;
             const auto multiply = [&]<int ROWS>() {
-                for (; row + ROWS <= m; row += ROWS) multiply_pairs<ROWS>(group, block, rows, row, starts, y);
+                for (; row + ROWS <= m; row += ROWS) multiply_pairs<ROWS>(group, block, rows, row, starts, fetch, y);
             };
             multiply.template operator()<8>();
             multiply.template operator()<4>();
@@ -120,13 +122,13 @@ template <class Group, class Y>
 void linear_some(const Group& group, const RowTiles& rows, const BFloat16* bias, Y* y) {
     const int64_t k = group.num_inputs, n = group.num_outputs;
     const Starts<Group, BFloat16> starts(group, rows.x, rows.whole + rows.rest, bias);
-    parallel(n / BLOCK_N, [&](int64_t first, int64_t last) {
+    parallel_with_side_path(n / BLOCK_N, rows.x, k / Group::BLOCK_K, [&](int64_t first, int64_t last, FetchAhead& fetch) {
         const Tiles tiles;
         for (int64_t block = first; block < last; block++) {
             for (int64_t row = 0; row < rows.whole; row += M_TILE)
-                multiply_some(group, block, rows.x + row * k, row, M_TILE, starts, y + row * n);
+                multiply_some(group, block, rows.x + row * k, row, M_TILE, starts, fetch, y + row * n);
             if (rows.rest)
-                multiply_some(group, block, rows.last.data(), rows.whole, rows.rest, starts, y + rows.whole * n);
+                multiply_some(group, block, rows.last.data(), rows.whole, rows.rest, starts, fetch, y + rows.whole * n);
         }
     });
 }
@@ -135,13 +137,16 @@ template <class Group, class Y>
 void linear_many(const Group& group, const RowTiles& rows, const BFloat16* bias, Y* y) {
     const int64_t k = group.num_inputs, n = group.num_outputs;
     const int64_t at_once = std::max<int64_t>(DECODED_BYTES / (BLOCK_N * k * sizeof(BFloat16)), 1);
-    parallel(n / BLOCK_N, [&](int64_t first, int64_t last) {
+    parallel_with_side_path(n / BLOCK_N, rows.x, 1, [&](int64_t first, int64_t last, FetchAhead& fetch) {
         const Tiles tiles;
         thread_local AlignedVector<BFloat16> weights;
         for (int64_t block = first; block < last; block += at_once) {
             const int64_t blocks = std::min(at_once, last - block), output = block * BLOCK_N;
             weights.resize(blocks * BLOCK_N * k);
-            for (int64_t i = 0; i < blocks; i++) decode_block(group, block + i, weights.data() + i * BLOCK_N * k);
+            for (int64_t i = 0; i < blocks; i++) {
+                fetch();
+                decode_block(group, block + i, weights.data() + i * BLOCK_N * k);
+            }
             const auto multiply = [&](const BFloat16* inputs, int64_t count, int64_t row) {
                 multiply_many(inputs, count, k, weights.data(), blocks, bias ? bias + output : nullptr,
                               y + row * n + output, n);

@@ -58,7 +58,7 @@ def head_logits(hidden: Tensor, head: Tensor | PackedWeights) -> Tensor:
     return nf4.nf4_linear(hidden, head).float()
 
 
-def start_lora(x: Tensor, lora: LoraBatch, place: int) -> object:
+def start_lora(x: Tensor, lora: LoraBatch, place: int, widths: Sequence[int]) -> object:
     """As `reference.start_lora`: in a CUDA graph the shrink runs on a stream of its own."""
     is_carried = _are_alike(x, lora.arena) and _are_plain(x, lora.arena, lora.table)
     return side_path.start(x, lora, place) if is_carried else None

@@ -75,7 +75,7 @@ class LinearGroup:
         """
         if lora is None:
             return self._base(x)
-        started = kernels.start_lora(x, lora, self.place)
+        started = kernels.start_lora(x, lora, self.place, self.widths)
         y = self._base(x)
         kernels.add_lora_(y, x, lora, self.place, self.widths, started)
         return y
