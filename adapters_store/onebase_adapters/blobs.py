@@ -9,6 +9,7 @@ JSON with sorted keys, so that the same adapter always gives the same bytes. It 
 import hashlib
 import json
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -131,14 +132,22 @@ def _parse(file: TensorFile) -> Adapter:
 def _parts_by_linear(file: TensorFile) -> dict[ModuleKey, dict[str, Array]]:
     parts: dict[ModuleKey, dict[str, Array]] = {}
     for name, tensor in file.tensors.items():
-        if name.partition(".")[0] in (*_MATRICES, _NORMS):
-            continue
-        match = TENSOR_NAME.fullmatch(name)
-        if match is None:
-            raise ValueError(f"{name} is not the name of a linear's tensor.")
-        key = ModuleKey(int(match["layer"]), match["projection"], int(match["expert"]) if match["expert"] else None)
-        parts.setdefault(key, {})[match["part"]] = tensor
+        if (place := _linear_and_part(name)) is not None:
+            key, part = place
+            parts.setdefault(key, {})[part] = tensor
     return parts
+
+
+@lru_cache(maxsize=1 << 16)  # adapters of a base have the same names, and reading these is most of reading a blob
+def _linear_and_part(name: str) -> tuple[ModuleKey, str] | None:
+    """Of a linear's tensor; None of the vocabulary's and the norms'."""
+    if name.partition(".")[0] in (*_MATRICES, _NORMS):
+        return None
+    match = TENSOR_NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name} is not the name of a linear's tensor.")
+    key = ModuleKey(int(match["layer"]), match["projection"], int(match["expert"]) if match["expert"] else None)
+    return key, match["part"]
 
 
 def _norms(file: TensorFile) -> dict[str, NormVectors]:

@@ -26,8 +26,6 @@ constexpr int64_t TILE_ROWS = Group::BLOCK_K / ROW_INPUTS;
 template <class Group>
 constexpr int64_t TILE_BYTES = TILE_ROWS<Group> * ROW_BYTES;
 
-inline const I32x16 LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
 // One weight [n, k] of a group whose outputs lie side by side.
 struct BlockwiseSlice {
     const float* nested_absmax;  // of 8-bit scales, one for 256 of them in the weight's own (row-major) order

@@ -1,5 +1,7 @@
 // An adapter's matrices on their way to the arena: converted, scaled, and turned where the kernels read them turned.
 
+#include <vector>
+
 #include "simd.h"
 
 namespace onebase {
@@ -22,15 +24,17 @@ void copy(const From* from, int64_t count, float scale, To* to) {
     for (; i < count; i++) store_one(to + i, load_one(from + i) * scale);
 }
 
+// A few columns (B has one for each rank), so that 16 rows of them, one run of numbers, stay in the first cache.
 template <class From, class To>
 void copy_transposed(const From* from, int64_t rows, int64_t columns, float scale, To* to) {
+    std::vector<float> sixteen(LANES * columns);
+    const I32x16 rows_apart = LANE * int32_t(columns);
     int64_t row = 0;
-    for (; row + LANES <= rows; row += LANES)
-        for (int64_t column = 0; column < columns; column++) {
-            F32x16 values;
-            for (int i = 0; i < LANES; i++) values[i] = load_one(from + (row + i) * columns + column);
-            store(to + column * rows + row, values * scale);
-        }
+    for (; row + LANES <= rows; row += LANES) {
+        copy(from + row * columns, LANES * columns, scale, sixteen.data());
+        for (int64_t column = 0; column < columns; column++)
+            store(to + column * rows + row, gather(sixteen.data() + column, rows_apart));
+    }
     for (; row < rows; row++)
         for (int64_t column = 0; column < columns; column++)
             store_one(to + column * rows + row, load_one(from + row * columns + column) * scale);

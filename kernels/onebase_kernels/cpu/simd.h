@@ -156,6 +156,8 @@ inline F32x16 lookup(F32x16 table, U32x16 index) {
 #endif
 }
 
+inline const I32x16 LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 // table[index], lane by lane, for tables of any length.
 inline F32x16 gather(const float* table, I32x16 index) {
 #if defined(__AVX512F__)
