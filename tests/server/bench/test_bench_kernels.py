@@ -15,7 +15,7 @@ import onebase_kernels as kernels
 from onebase_server.bench.kernels import rooflines as rooflines_module
 from onebase_server.bench.kernels import timing
 from onebase_server.bench.kernels.cases import list_cases
-from onebase_server.bench.kernels.linear_cases import DENSE
+from onebase_server.bench.kernels.linear_cases import DENSE, WITHOUT_ADAPTERS
 from onebase_server.bench.kernels.options import KernelOptions, read_config
 from onebase_server.bench.kernels.rooflines import Rooflines
 from onebase_server.bench.kernels.timing import time_interleaved, wall_clock
@@ -72,7 +72,9 @@ def test_every_op_is_timed_and_written(bench_kernels: Callable[..., Result], wor
     written = json.loads(file.read_text())
     loading = {"allocate", "allocate_kv", "copy_matrices_", "pack_dense", "pack_quantized", "unpack_quantized"}
     not_timed = loading | {"record", "replace_rows_", "set_num_threads", "start_lora"}
-    assert {trial["op"] for trial in written["trials"]} == {op.__name__ for op in kernels.OPS} - not_timed
+    assert {trial["op"] for trial in written["trials"]} == {op.__name__ for op in kernels.OPS} - not_timed | {
+        "adapted_linear"  # with start_lora
+    }
     assert {trial["rows"] for trial in written["trials"]} == {1, 3}
     for trial in written["trials"]:
         assert list(trial["timings"])[:2] == [written["backend"], "reference"]
@@ -98,14 +100,14 @@ def test_all_contenders_compute_the_same(make_bench: Callable[..., Workbench]) -
             continue
         results = []
         for contender in trial.contenders:
-            if contender.name == DENSE:  # of weights that were never rounded
+            if contender.name in (DENSE, WITHOUT_ADAPTERS):  # of weights that were never rounded; of less
                 continue
             kernels.use_backend(contender.backend)
             results.append(contender.calls[-1](trial.steps[-1]))
         for result in results[1:]:
             torch.testing.assert_close(result, results[0], rtol=0.05, atol=0.05)
         compared.add(trial.op)
-    assert {"quantized_linear", "paged_attention", "head_logits", "embed"} <= compared
+    assert {"quantized_linear", "adapted_linear", "paged_attention", "head_logits", "embed"} <= compared
 
 
 @pytest.mark.parametrize(

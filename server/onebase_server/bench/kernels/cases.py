@@ -1,4 +1,7 @@
-"""The list of what is timed: every op of onebase_kernels, on each shape that a decoder calls it with."""
+"""The list of what is timed: every op of onebase_kernels, on each shape that a decoder calls it with.
+
+`adapted_linear` is three of them together, as a linear with adapters is computed.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +30,12 @@ def list_cases(config: ModelConfig, ops: Sequence[str]) -> list[Case]:
     Raises:
         ConfigurationError: there is no such op.
     """
-    products = (linear_cases.quantized_linear, linear_cases.dense_linear, linear_cases.add_lora_)
+    products = (
+        linear_cases.quantized_linear,
+        linear_cases.dense_linear,
+        linear_cases.add_lora_,
+        linear_cases.adapted_linear,
+    )
     every = [
         *(Case(op.__name__, group.name, partial(op, group)) for op in products for group in config.distinct_groups),
         Case("write_kv_", "", attention_cases.write_kv_),

@@ -22,6 +22,8 @@ from onebase_server.model.config import ProjectionGroup
 
 DENSE = "dense bf16"
 """The contender that is torch's product with the weights in bf16."""
+WITHOUT_ADAPTERS = "without adapters"
+"""The contender that is the product alone, by the back end in question."""
 LOGIT_BYTES = 4
 
 
@@ -59,36 +61,43 @@ def dense_linear(group: ProjectionGroup, bench: Workbench) -> Iterator[Trial]:
 
 
 def add_lora_(group: ProjectionGroup, bench: Workbench) -> Iterator[Trial]:
-    """The side path of a projection group: rows shared out evenly among the adapters, or one adapter each.
-
-    Where rows are fewer than adapters, several steps use those in turn, so that the work of a call is a mean.
-    """
-    ranks = [bench.options.ranks[i % len(bench.options.ranks)] for i in range(bench.options.adapters)]
-    numbers_per_rank = len(group.widths) * group.in_features + sum(group.widths)
-    numbers = sum(ranks) * numbers_per_rank
-    places = bench.num_copies(numbers * DTYPE_BYTES, per_step=bench.config.num_layers)
-    arena = bench.random(places * numbers)
-    table = _adapter_table(ranks, len(group.widths), numbers_per_rank, places).to(bench.device)
-    max_rank, alignment = max(ranks) * len(group.widths), _largest_power_of_two_in(numbers_per_rank * gcd(*ranks))
+    """The side path of a projection group by itself: rows shared out evenly among the adapters, or one adapter each."""
+    side = SidePaths(group, bench)
     for rows in bench.options.rows:
-        used = min(rows, len(ranks))
-        firsts = range(0, len(ranks) - used + 1, used)
-        mean_rank = sum(ranks[: used * len(firsts)]) / (used * len(firsts))
         x, y = bench.random(rows, group.in_features), bench.random(rows, sum(group.widths))
-        calls = [partial(_add_lora, y, x, place, group.widths) for place in range(places)]
-        batches = [
-            LoraBatch(arena, table, _share_out(rows, range(first, first + used)), max_rank, alignment)
-            for first in firsts
-        ]
+        calls = [partial(_add_lora, y, x, place, group.widths) for place in range(side.places)]
+        work = side.work(rows)
         yield Trial(
             *("add_lora_", group.name, rows),
-            Work(
-                bytes=round(used * mean_rank * numbers_per_rank * DTYPE_BYTES) + x.nbytes + 2 * y.nbytes,
-                flops=round(2 * rows * mean_rank * numbers_per_rank),
-            ),
+            Work(bytes=work.bytes + x.nbytes + 2 * y.nbytes, flops=work.flops),
             # Torch's versions read the ranks on the host.
             contenders(dict.fromkeys(bench.rivals("reference", "bitsandbytes"), calls), unrecorded=("bitsandbytes",)),
-            [bench.step(rows, lora=batch) for batch in batches],
+            side.steps(rows),
+        )
+
+
+def adapted_linear(group: ProjectionGroup, bench: Workbench) -> Iterator[Trial]:
+    """A projection group as a decoder computes it: the product with NF4 weights together with the side path."""
+    backends = bench.rivals("reference")
+    weights = nf4_copies(bench, backends, group.widths, group.in_features)
+    side = SidePaths(group, bench)
+    for rows in bench.options.rows:
+        x = bench.random(rows, group.in_features)
+        calls = {
+            name: [
+                partial(_adapted_linear, x, packed[i % len(packed)], i % side.places, group.widths)
+                for i in range(max(len(packed), side.places))
+            ]
+            for name, packed in weights.packed.items()
+        }
+        product = _product(weights.nbytes, rows, group.in_features, sum(group.widths))
+        work = side.work(rows)
+        alone = _each(kernels.quantized_linear, x, weights.packed[bench.backend])
+        yield Trial(
+            *("adapted_linear", group.name, rows),
+            Work(bytes=product.bytes + work.bytes, flops=product.flops + work.flops),
+            (*contenders(calls), Contender(WITHOUT_ADAPTERS, alone, bench.backend, bench.backend != "reference")),
+            side.steps(rows),
         )
 
 
@@ -127,6 +136,52 @@ def nf4_head_logits(bench: Workbench) -> Iterator[Trial]:
         )
 
 
+class SidePaths:
+    """Adapters of a projection group, at so many places that these, taken in turn, are in no cache but serving's.
+
+    Where rows are fewer than adapters, several steps use those in turn, so that the work of a call is a mean.
+    """
+
+    def __init__(self, group: ProjectionGroup, bench: Workbench) -> None:
+        self._bench = bench
+        self._ranks = [bench.options.ranks[i % len(bench.options.ranks)] for i in range(bench.options.adapters)]
+        self._numbers_per_rank = len(group.widths) * group.in_features + sum(group.widths)
+        numbers = sum(self._ranks) * self._numbers_per_rank
+        self.places = bench.num_copies(numbers * DTYPE_BYTES, per_step=bench.config.num_layers)
+        self._arena = bench.random(self.places * numbers)
+        table = _adapter_table(self._ranks, len(group.widths), self._numbers_per_rank, self.places)
+        self._table = table.to(bench.device)
+        self._max_rank = max(self._ranks) * len(group.widths)
+        self._alignment = _largest_power_of_two_in(self._numbers_per_rank * gcd(*self._ranks))
+
+    def steps(self, rows: int) -> list[StepInputs]:
+        """Each with as many adapters as rows, or all."""
+        used = min(rows, len(self._ranks))
+        return [
+            self._bench.step(
+                rows,
+                lora=LoraBatch(
+                    self._arena,
+                    self._table,
+                    _share_out(rows, range(first, first + used)),
+                    self._max_rank,
+                    self._alignment,
+                ),
+            )
+            for first in self._firsts(used)
+        ]
+
+    def work(self, rows: int) -> Work:
+        """What the adapters themselves are, and what is computed with them."""
+        used = min(rows, len(self._ranks))
+        covered = used * len(self._firsts(used))
+        numbers = sum(self._ranks[:covered]) / covered * self._numbers_per_rank
+        return Work(bytes=round(used * numbers * DTYPE_BYTES), flops=round(2 * rows * numbers))
+
+    def _firsts(self, used: int) -> range:
+        return range(0, len(self._ranks) - used + 1, used)
+
+
 @dataclass(frozen=True)
 class Nf4Copies:
     """A group's weights as each contender wants them, in copies that take turns."""
@@ -163,6 +218,13 @@ def _each(op: Callable[..., object], x: Tensor, weights: Sequence[object]) -> li
 
 def _add_lora(y: Tensor, x: Tensor, place: int, widths: Sequence[int], step: StepInputs) -> None:
     kernels.add_lora_(y, x, step.lora, place, widths)
+
+
+def _adapted_linear(x: Tensor, packed: PackedWeights, place: int, widths: Sequence[int], step: StepInputs) -> Tensor:
+    started = kernels.start_lora(x, step.lora, place, widths)
+    y = kernels.quantized_linear(x, packed)
+    kernels.add_lora_(y, x, step.lora, place, widths, started)
+    return y
 
 
 def _product(
