@@ -157,7 +157,7 @@ void expand(const LoraGroup<T>& group, const ExpandPiece& piece, T* y, [[maybe_u
     const int64_t rows = piece.segment->stop - piece.segment->start, stride = group.num_outputs;
 #if defined(__AVX512BF16__)
     if constexpr (sizeof(T) == sizeof(BFloat16)) {
-        if (is_whole(piece.columns))
+        if (rows <= ROWS && is_whole(piece.columns))
             return is_fetched ? expand_rows<true>(group, piece, y) : expand_rows<false>(group, piece, y);
     }
 #endif
@@ -173,7 +173,7 @@ void expand(const LoraGroup<T>& group, const ExpandPiece& piece, T* y, [[maybe_u
             expand_one(piece, column, shrunk(row), y + row * stride + column);
 }
 
-// Segments that are computed by vectors: in bfloat16 row by row, in fp32 a few rows at a time.
+// Segments that are computed by vectors, row by row or a few rows at a time.
 template <class T>
 class VectorLora final : public SidePath {
 public:

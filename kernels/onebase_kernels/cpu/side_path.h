@@ -96,7 +96,7 @@ private:
 template <class Body>
 inline void parallel_with_side_path(int64_t count, const void* x, int64_t calls, const Body& body) {
     SidePath* side = started_side_path().get();
-    if (side && side->x != x) side = nullptr;
+    if (side && (side->x != x || side->is_shrunk)) side = nullptr;  // another's, or done with a group's first weight
     const int64_t pieces = num_pieces(count);
     run_each(pieces, [&](int64_t piece) {
         const int64_t first = count * piece / pieces, last = count * (piece + 1) / pieces;

@@ -105,9 +105,8 @@ def test_all_contenders_compute_the_same(make_bench: Callable[..., Workbench]) -
             kernels.use_backend(contender.backend)
             results.append(contender.calls[-1](trial.steps[-1]))
         for result in results[1:]:
-            atol = 0.05 * max(
-                1.0, float(results[0].float().square().mean().sqrt())
-            )  # random weights make large outputs
+            # Random weights twice make large outputs.
+            atol = 0.01 * float(results[0].float().norm()) if trial.op == "adapted_linear" else 0.05
             torch.testing.assert_close(result, results[0], rtol=0.05, atol=atol)
         compared.add(trial.op)
     assert {"quantized_linear", "adapted_linear", "paged_attention", "head_logits", "embed"} <= compared
