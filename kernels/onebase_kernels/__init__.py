@@ -25,6 +25,7 @@ from onebase_kernels.blockwise import BlockwiseWeight, NestedScales, quantize_fp
 from onebase_kernels.int4 import Int4Weight, dequantize_int4, quantize_int4
 from onebase_kernels.int8 import Int8Weight, quantize_int8
 from onebase_kernels.quantized import PackedWeights, QuantizedWeight, WeightGroup, dequantize
+from onebase_kernels.screen import HeadScreen
 
 __all__ = [
     "TABLE_COLUMNS",
@@ -32,6 +33,7 @@ __all__ = [
     "BackendName",
     "BackendUnavailable",
     "BlockwiseWeight",
+    "HeadScreen",
     "Int4Weight",
     "Int8Weight",
     "LoraBatch",
@@ -51,6 +53,7 @@ __all__ = [
     "allocate_kv",
     "apply_rope_",
     "best_backend",
+    "best_tokens",
     "choose_tokens",
     "copy_matrices_",
     "dense_linear",
@@ -62,6 +65,7 @@ __all__ = [
     "layer_norm",
     "pack_dense",
     "pack_quantized",
+    "pack_screen",
     "paged_attention",
     "quantize_fp4",
     "quantize_int4",
@@ -109,6 +113,7 @@ def _dispatched(definition: Callable[P, R]) -> Callable[P, R]:
 pack_quantized = _dispatched(reference.pack_quantized)
 unpack_quantized = _dispatched(reference.unpack_quantized)
 pack_dense = _dispatched(reference.pack_dense)
+pack_screen = _dispatched(reference.pack_screen)
 allocate = _dispatched(reference.allocate)
 allocate_kv = _dispatched(reference.allocate_kv)
 record = _dispatched(reference.record)
@@ -130,14 +135,15 @@ silu_mul = _dispatched(reference.silu_mul)
 gelu_mul = _dispatched(reference.gelu_mul)
 softcap_ = _dispatched(reference.softcap_)
 head_logits = _dispatched(reference.head_logits)
+best_tokens = _dispatched(reference.best_tokens)
 choose_tokens = _dispatched(reference.choose_tokens)
 set_num_threads = _dispatched(reference.set_num_threads)
 
 OPS = (
-    *(pack_quantized, unpack_quantized, pack_dense, allocate, allocate_kv, record, set_num_threads),
+    *(pack_quantized, unpack_quantized, pack_dense, pack_screen, allocate, allocate_kv, record, set_num_threads),
     *(embed, replace_rows_, quantized_linear, dense_linear, start_lora, add_lora_, copy_matrices_),
     *(write_kv_, paged_attention, rms_norm, add_rms_norm_, add_, layer_norm, apply_rope_),
-    *(silu_mul, gelu_mul, softcap_, head_logits, choose_tokens),
+    *(silu_mul, gelu_mul, softcap_, head_logits, best_tokens, choose_tokens),
 )
 """Everything that a back end may compute."""
 

@@ -18,6 +18,7 @@ from onebase_kernels.quantized import (
     join_linears,
     unpacked,
 )
+from onebase_kernels.screen import HeadScreen
 
 
 def pack_quantized(weights: Sequence[QuantizedWeight]) -> PackedWeights:
@@ -33,6 +34,11 @@ def unpack_quantized(packed: PackedWeights) -> tuple[QuantizedWeight, ...]:
 def pack_dense(weight: Tensor) -> Tensor:
     """A weight that is not quantised, once at load, where `dense_linear` and `head_logits` read it fastest."""
     return weight
+
+
+def pack_screen(head: Tensor) -> HeadScreen | None:
+    """What `best_tokens` reads in place of most of an output head [V, K], once at load; None: it would gain nothing."""
+    return None
 
 
 def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -226,6 +232,14 @@ def apply_rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tenso
 def head_logits(hidden: Tensor, head: Tensor | PackedWeights) -> Tensor:
     """`hidden Wᵀ` in fp32: hidden [R, K], the output head W [V, K], dense or packed NF4 → [R, V]."""
     return (F.linear(hidden, head) if isinstance(head, Tensor) else quantized_linear(hidden, head)).float()
+
+
+def best_tokens(hidden: Tensor, head: Tensor, screen: HeadScreen | None) -> Tensor:
+    """The token of each row's largest logit, of equals the first: hidden [R, K], head [V, K] → int64 [R].
+
+    `screen` is what `pack_screen` made of the head. With or without it the tokens are the same.
+    """
+    return head_logits(hidden, head).argmax(dim=-1)
 
 
 def softcap_(scores: Tensor, cap: float) -> None:

@@ -41,6 +41,9 @@ class EngineSettings(BaseModel):
         64, description="With int4: how many inputs share a scale and a minimum, 32, 64 or 128 (4.75 bits a parameter)."
     )
     quantize_head: bool = Field(False, description="Keep the output head in NF4 too: less to read, coarser logits.")
+    screen_head: bool = Field(
+        True, description="Find greedy tokens by an 8-bit copy of the output head: the same ones, half the reading."
+    )
     dtype: Literal["bfloat16", "float32", "float16"] = Field("bfloat16", description="Compute and KV dtype.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute.")
     kernels: KernelsName = Field("auto", description="Which kernels compute; `auto` takes the fastest that can run.")

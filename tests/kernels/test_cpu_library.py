@@ -40,6 +40,7 @@ def test_several_threads_give_the_bits_of_one(variant: str, monkeypatch: pytest.
     kernels.use_backend("cpu")
     packed = kernels.pack_quantized([kernels.quantize_nf4(torch.randn(n, 256)) for n in (512, 128, 128)])
     head = torch.randn(4096, 256).bfloat16()
+    screen = kernels.pack_screen(head)
     ranks = torch.tensor([[[0, 8, 8, 8, 0], [3 * 8 * 512, 4, 0, 64, 0]]])
     widths, arena = (512, 128, 128), torch.randn(70_000).bfloat16()
 
@@ -53,11 +54,12 @@ def test_several_threads_give_the_bits_of_one(variant: str, monkeypatch: pytest.
     try:
         for rows in (1, 3, 40):
             x = torch.randn(rows, 256).bfloat16()
-            alone = adapted(x), kernels.head_logits(x, head)
+            alone = adapted(x), kernels.head_logits(x, head), kernels.best_tokens(x, head, screen)
             library.onebase_set_threads(3)
             for _ in range(200):  # threads that fall asleep, that are late, that have nothing left to do
                 assert torch.equal(adapted(x), alone[0])
                 assert torch.equal(kernels.head_logits(x, head), alone[1])
+                assert torch.equal(kernels.best_tokens(x, head, screen), alone[2])
             library.onebase_set_threads(1)
     finally:
         kernels.use_backend("reference")

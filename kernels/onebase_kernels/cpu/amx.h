@@ -6,11 +6,10 @@
 
 #include <cstdint>
 #include <immintrin.h>
-#include <new>
 #include <sys/syscall.h>
 #include <unistd.h>
-#include <vector>
 
+#include "aligned_vector.h"
 #include "simd.h"
 
 namespace onebase {
@@ -38,18 +37,6 @@ inline bool request_tiles() {
     static const bool granted = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
     return granted;
 }
-
-// Puts a vector's numbers at the start of a cache line: tiles whose rows lie across two take twice as long to load.
-template <class T>
-struct CacheLineAllocator {
-    using value_type = T;
-    static constexpr std::align_val_t LINE{64};
-    T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), LINE)); }
-    void deallocate(T* numbers, size_t) { ::operator delete(numbers, LINE); }
-    friend bool operator==(CacheLineAllocator, CacheLineAllocator) { return true; }
-};
-template <class T>
-using AlignedVector = std::vector<T, CacheLineAllocator<T>>;
 
 // 32 words of two registers, alternately from each: the first or the second half of both.
 inline __m512i interleave_low(__m512i a, __m512i b) {

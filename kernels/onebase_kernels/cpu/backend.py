@@ -13,11 +13,13 @@ from torch import Tensor
 
 from onebase_kernels import reference, sdpa_attention
 from onebase_kernels.batch import AttentionBatch, LoraBatch, Matrix, ReplacedRows, SamplingBatch, StepInputs
-from onebase_kernels.cpu import blockwise_packing, calls, execution, int4_packing, int8_packing, memory
+from onebase_kernels.cpu import blockwise_packing, calls, execution, head_screen, int4_packing, int8_packing, memory
 from onebase_kernels.cpu.calls import DTYPES, Step
 from onebase_kernels.cpu.execution import empty, run
+from onebase_kernels.cpu.head_screen import TiledScreen
 from onebase_kernels.cpu.tiles import TiledWeights
 from onebase_kernels.quantized import PackedWeights, QuantizedWeight
+from onebase_kernels.screen import HeadScreen
 
 _LANES = 16
 _HEAD_SIZES = frozenset({16, 32, 48, 64, 80, 96, 128, 192, 256})
@@ -47,6 +49,11 @@ def unpack_quantized(packed: PackedWeights) -> tuple[QuantizedWeight, ...]:
 def pack_dense(weight: Tensor) -> Tensor:
     """As `reference.pack_dense`: a copy in huge pages."""
     return memory.resident(weight) if weight.device.type == "cpu" else weight
+
+
+def pack_screen(head: Tensor) -> TiledScreen | None:
+    """As `reference.pack_screen`, where there are products of bfloat16."""
+    return head_screen.pack(head) if head_screen.can_pack(head) and _has_dense_linear() else None
 
 
 def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -148,9 +155,13 @@ def head_logits(hidden: Tensor, head: Tensor | PackedWeights) -> Tensor:
 
 
 def _carries_dense(x: Tensor, weight: Tensor) -> bool:
-    is_bf16 = x.dtype == weight.dtype == torch.bfloat16 and execution.library.onebase_has_dense_linear()
+    is_bf16 = x.dtype == weight.dtype == torch.bfloat16 and _has_dense_linear()
     outputs, inputs = weight.shape
-    return bool(is_bf16) and _are_plain(x, weight) and outputs % _LANES == 0 and inputs % (2 * _LANES) == 0
+    return is_bf16 and _are_plain(x, weight) and outputs % _LANES == 0 and inputs % (2 * _LANES) == 0
+
+
+def _has_dense_linear() -> bool:
+    return bool(execution.library.onebase_has_dense_linear())
 
 
 def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
@@ -403,6 +414,26 @@ def _gate(gate_up: Tensor, kind: type[calls.SiluMul]) -> Tensor:
     call = kind(gate_up=gate_up.data_ptr(), y=y.data_ptr(), size=size, dtype=DTYPES[gate_up.dtype])
     run(call, Step(rows=gate_up.shape[0]))
     return y
+
+
+def best_tokens(hidden: Tensor, head: Tensor, screen: HeadScreen | None) -> Tensor:
+    """As `reference.best_tokens`: with a screen, the logits of those tokens alone that may be the best."""
+    if not isinstance(screen, TiledScreen) or not _carries_dense(hidden, head):
+        return head_logits(hidden, head).argmax(dim=-1)
+    tokens = torch.empty(hidden.shape[0], dtype=torch.int64)
+    call = calls.BestTokens(
+        x=hidden.data_ptr(),
+        head=head.data_ptr(),
+        codes=screen.codes.data_ptr(),
+        scales=screen.scales.data_ptr(),
+        errors=screen.errors.data_ptr(),
+        tokens=tokens.data_ptr(),
+        rows=hidden.shape[0],
+        vocab=head.shape[0],
+        num_inputs=head.shape[1],
+    )
+    execution.library.onebase_best_tokens(ctypes.byref(call))
+    return tokens
 
 
 def choose_tokens(logits: Tensor, sampling: SamplingBatch) -> Tensor:

@@ -287,6 +287,22 @@ class WriteCache(ctypes.Structure):
     )
 
 
+class BestTokens(ctypes.Structure):
+    """best_tokens.cpp."""
+
+    _fields_ = (
+        ("x", Pointer),
+        ("head", Pointer),
+        ("codes", Pointer),
+        ("scales", Pointer),
+        ("errors", Pointer),
+        ("tokens", Pointer),
+        ("rows", Int),
+        ("vocab", Int),
+        ("num_inputs", Int),
+    )
+
+
 class ChooseTokens(ctypes.Structure):
     """sampling.cpp; not an op of a step, for its rows are those that sample."""
 

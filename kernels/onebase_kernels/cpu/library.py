@@ -59,6 +59,7 @@ def _open(variant: str) -> ctypes.CDLL:
     for call in CALLS:
         _declare(library, call.op, Pointer, Pointer)
     _declare(library, "onebase_run_program", Pointer, Int, Pointer)
+    _declare(library, "onebase_best_tokens", Pointer)
     _declare(library, "onebase_choose_tokens", Pointer)
     _declare(library, "onebase_copy_matrices", Pointer, Int, Pointer, Code)
     _declare(library, "onebase_set_threads", Int)

@@ -15,7 +15,7 @@ import onebase_kernels as kernels
 from onebase_kernels import AttentionBatch, LoraBatch, ReplacedRows, Segment, StepInputs
 from onebase_server.engine.adapter_pool import AdapterPool
 from onebase_server.engine.request import Logprob
-from onebase_server.engine.sampler import chosen_logprobs, sample
+from onebase_server.engine.sampler import chosen_logprobs, sample, takes_best
 from onebase_server.engine.scheduler import Batch, Sampled, ScheduledSequence
 from onebase_server.engine.sequence import NO_SLOT, Sequence
 from onebase_server.model.decoder import Decoder
@@ -161,9 +161,20 @@ class Runner:
         logprobs: dict[int, Logprob] = {}
         if sampling:
             last_rows = hidden[torch.tensor([stops[i] - 1 for i in sampling])]
-            logits = self._logits(last_rows, [batch.scheduled[i].sequence for i in sampling])
-            tokens, logprobs = self._sample(batch, sampling, logits)
+            if self._takes_best(batch, sampling):
+                tokens = dict(zip(sampling, self.decoder.best_tokens(last_rows).tolist(), strict=True))
+            else:
+                logits = self._logits(last_rows, [batch.scheduled[i].sequence for i in sampling])
+                tokens, logprobs = self._sample(batch, sampling, logits)
         return [Sampled(tokens.get(i), logprobs.get(i), prompt_logprobs[i]) for i in range(len(batch.scheduled))]
+
+    def _takes_best(self, batch: Batch, rows: list[int]) -> bool:
+        """Whether every row's token can be found without its logits."""
+        vocabularies = self.adapter_pool.vocabularies
+        sequences = (batch.scheduled[i].sequence for i in rows)
+        return self.decoder.finds_best_tokens and all(
+            takes_best(s.sampling) and s.sampling.logprobs is None and s.slot not in vocabularies for s in sequences
+        )
 
     def _sample(self, batch: Batch, rows: list[int], logits: Tensor) -> tuple[dict[int, int], dict[int, Logprob]]:
         sequences = [batch.scheduled[i].sequence for i in rows]

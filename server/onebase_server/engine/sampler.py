@@ -29,6 +29,11 @@ def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[int]:
     return tokens
 
 
+def takes_best(params: SamplingParams) -> bool:
+    """Whether the token is that of the largest logit, whatever the logits are."""
+    return (params.temperature < GREEDY_BELOW or params.top_k == 1) and not _is_penalised(params)
+
+
 def _is_penalised(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1.0 or bool(params.presence_penalty or params.frequency_penalty)
 

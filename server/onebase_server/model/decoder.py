@@ -114,6 +114,18 @@ class Decoder:
             mask_missing_(logits, self.config.vocab_size, adapted)
         return logits
 
+    @property
+    def finds_best_tokens(self) -> bool:
+        """Whether `best_tokens` may be asked, and so costs less than the logits: a softcap makes equals of unequals."""
+        return self.weights.screen is not None and self.config.scales.logits_softcap is None
+
+    @torch.inference_mode()
+    def best_tokens(self, hidden: Tensor) -> Tensor:
+        """The token of the largest logit, int64 [R], of hidden states [R, hidden] with the base's own vocabulary."""
+        head = self.weights.head
+        assert isinstance(head, Tensor), "only a head that is not quantised has a screen"
+        return kernels.best_tokens(hidden, head, self.weights.screen)
+
     def _attend(self, x: Tensor, index: int, inputs: StepInputs, kv_cache: KvCache, norms: LayerNorms) -> Tensor:
         layer, config, attention = self.weights.layers[index], self.config, inputs.attention
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from onebase_kernels import PackedWeights
+from onebase_kernels import HeadScreen, PackedWeights
 from onebase_server.model.linear import LinearGroup
 from onebase_server.model.mlp import Mlp
 from onebase_server.model.norm import Norm
@@ -55,6 +55,8 @@ class DecoderWeights:
     """The last one, before the head."""
     head: Tensor | PackedWeights
     """[vocab, hidden]; the embedding itself where the two are tied, unless it is quantised."""
+    screen: HeadScreen | None = None
+    """Of the head, for greedy tokens; None where it is not wanted, or the back end would gain nothing."""
     quantization_error: QuantizationError | None = None
     """Of the linears; None as in `WeightReport.error`."""
 
@@ -73,10 +75,11 @@ class DecoderWeights:
         """What they take in memory, and what quantising them has lost."""
         norms = [self.norm, *(norm for layer in self.layers for norm in layer.norms)]
         biases = [group.bias for group in self.groups]
+        heads = [None if self.head is self.embedding else self.head, self.screen]
         return WeightReport(
             linear_parameters=sum(group.num_parameters for group in self.groups),
             linear_bytes=sum(group.nbytes for group in self.groups),
-            embedding_bytes=self.embedding.nbytes + (0 if self.head is self.embedding else self.head.nbytes),
+            embedding_bytes=self.embedding.nbytes + sum(part.nbytes for part in heads if part is not None),
             other_bytes=sum(part.nbytes for part in (*norms, *biases) if part is not None),
             is_quantized=any(not isinstance(part, Tensor) for group in self.groups for part in group.parts),
             error=self.quantization_error,

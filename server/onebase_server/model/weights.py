@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import onebase_kernels as kernels
-from onebase_kernels import PackedWeights, quantize_nf4
+from onebase_kernels import HeadScreen, PackedWeights, quantize_nf4
 from onebase_server.errors import ConfigurationError
 from onebase_server.model import names, weight_formats
 from onebase_server.model.checkpoint import Checkpoint
@@ -133,6 +133,7 @@ class _Loader:
             layers=tuple(self._layer(layer) for layer in range(self.config.num_layers)),
             norm=self._norm(tensors, names.FINAL_NORM, self.config.scales.logits),
             head=packed_head,
+            screen=self._screen(packed_head),
             quantization_error=read_error(self.checkpoint.directory),
         )
 
@@ -140,6 +141,11 @@ class _Loader:
         if self.settings.quantize_head:
             return kernels.pack_quantized([quantize_nf4(weight, self.settings.double_quant)])
         return kernels.pack_dense(weight)
+
+    def _screen(self, head: Tensor | PackedWeights) -> HeadScreen | None:
+        if self.settings.screen_head and isinstance(head, Tensor):
+            return kernels.pack_screen(head)
+        return None
 
     def _layer(self, layer: int) -> LayerWeights:
         shapes = names.layer_shapes(self.config, layer)

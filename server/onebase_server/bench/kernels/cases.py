@@ -51,6 +51,7 @@ def list_cases(config: ModelConfig, ops: Sequence[str]) -> list[Case]:
         Case("gelu_mul", "", elementwise_cases.gelu_mul),
         Case("head_logits", "bf16", linear_cases.head_logits),
         Case("head_logits", "nf4", linear_cases.nf4_head_logits),
+        Case("best_tokens", "bf16", linear_cases.best_tokens),
         Case("softcap_", "", sampling_cases.softcap_),
         Case("choose_tokens", "greedy", sampling_cases.greedy),
         Case("choose_tokens", "top-p", sampling_cases.top_p),

@@ -136,6 +136,25 @@ def nf4_head_logits(bench: Workbench) -> Iterator[Trial]:
         )
 
 
+def best_tokens(bench: Workbench) -> Iterator[Trial]:
+    """The head without its logits, by a screen where the back end has one; not recorded, for only some steps do so."""
+    vocab, hidden = bench.config.vocab_size, bench.config.hidden_size
+    head = bench.random(vocab, hidden)
+    heads = _copies(head, bench.num_copies(head.nbytes, per_step=1, held=2 * head.nbytes))
+    kernels.use_backend(bench.backend, bench.device.type)
+    screens = [kernels.pack_screen(head) for head in heads]
+    read = head.nbytes if screens[0] is None else screens[0].nbytes
+    for rows in bench.options.rows:
+        x = bench.random(rows, hidden)
+        calls = [regardless_of_step(kernels.best_tokens, x, *pair) for pair in zip(heads, screens, strict=True)]
+        yield Trial(
+            *("best_tokens", "bf16", rows),
+            _product(read, rows, hidden, vocab, output_bytes=0),
+            contenders(dict.fromkeys(bench.rivals("reference"), calls), unrecorded=[bench.backend]),
+            [bench.step(rows)],
+        )
+
+
 class SidePaths:
     """Adapters of a projection group, at so many places that these, taken in turn, are in no cache but serving's.
 
