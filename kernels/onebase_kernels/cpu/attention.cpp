@@ -127,14 +127,17 @@ void attend(const Attention& attention, const Step& step) {
     thread_local std::vector<Piece> cut_pieces;
     cut(attention, step, cut_pieces);
     const Piece* pieces = cut_pieces.data();  // the caller's, for all threads
-    parallel(int64_t(cut_pieces.size()), [&](int64_t first, int64_t last) {
+    const int64_t count = int64_t(cut_pieces.size());
+    parallel(count, [&](int64_t first, int64_t last) {
 #if defined(__AMX_BF16__)
         if constexpr (sizeof(T) == sizeof(BFloat16) && VECTORS % 2 == 0) {
             const Tiles tiles;
             thread_local AmxScratch scratch;
             for (int64_t i = first; i < last; i++) {
                 using Piecewise = AmxAttention<VECTORS * LANES>;
-                if (i + 1 < last) Piecewise(attention, step, pieces[i + 1], scratch).prefetch();
+                scratch.next.clear();  // what a request's first rows have read, a cache has for the others
+                if (i + 1 < count && pieces[i + 1].first_row == 0)
+                    Piecewise(attention, step, pieces[i + 1], scratch).add_first_runs(scratch.next);
                 Piecewise(attention, step, pieces[i], scratch).run();
             }
             return;

@@ -6,14 +6,10 @@
 #include <memory>
 #include <vector>
 
+#include "fetch_ahead.h"
 #include "parallel.h"
 
 namespace onebase {
-
-// Memory that is read from beginning to end.
-struct Run {
-    const char *first, *end;
-};
 
 // Rows of a matrix, `columns` of each; rows lie `width` apart.
 template <class T>
@@ -49,47 +45,18 @@ inline std::unique_ptr<SidePath>& started_side_path() {
     return started;
 }
 
-// Asks memory for what a side path reads, some lines at each call, from inside another op's loop.
-class FetchAhead {
-public:
-    FetchAhead() = default;
-
-    // For one of the `pieces` of an op, which calls it `calls` times. A thread begins with the same pieces in every op
-    // (parallel.h), so what it fetches here is in its own cache when it comes to the expand.
-    FetchAhead(const SidePath& side, int64_t piece, int64_t pieces, int64_t calls) {
-        thread_local std::vector<Run> runs;
-        runs.clear();
-        const auto each = [&](int64_t count, auto add) {
-            for (int64_t i = count * piece / pieces; i < count * (piece + 1) / pieces; i++) add(i);
-        };
-        each(side.num_shrinks(), [&](int64_t i) { side.add_shrink_runs(i, runs); });
-        each(side.num_expands(), [&](int64_t i) { side.add_expand_runs(i, runs); });
-        int64_t lines = 0;
-        for (const Run& run : runs) lines += (run.end - run.first + LINE - 1) / LINE;
-        lines_at_once_ = (lines + calls - 1) / calls;
-        next_ = runs.data();
-        last_ = next_ + runs.size();
-    }
-
-    void operator()() {
-        for (int64_t i = 0; i < lines_at_once_; i++) {
-            if (at_ >= end_) {
-                if (next_ == last_) return;
-                at_ = next_->first;
-                end_ = next_++->end;
-            }
-            __builtin_prefetch(at_, 0, 2);  // into the second cache: the first has no room for it
-            at_ += LINE;
-        }
-    }
-
-private:
-    static constexpr int64_t LINE = 64;
-
-    const char *at_ = nullptr, *end_ = nullptr;
-    const Run *next_ = nullptr, *last_ = nullptr;
-    int64_t lines_at_once_ = 0;
-};
+// What a product asks memory for while it computes one of its `pieces`, in `calls` calls. A thread begins with the same
+// pieces in every op (parallel.h), so what it fetches here is in its own cache when it comes to the expand.
+inline FetchAhead fetch_ahead(const SidePath& side, int64_t piece, int64_t pieces, int64_t calls) {
+    thread_local std::vector<Run> runs;
+    runs.clear();
+    const auto each = [&](int64_t count, auto add) {
+        for (int64_t i = count * piece / pieces; i < count * (piece + 1) / pieces; i++) add(i);
+    };
+    each(side.num_shrinks(), [&](int64_t i) { side.add_shrink_runs(i, runs); });
+    each(side.num_expands(), [&](int64_t i) { side.add_expand_runs(i, runs); });
+    return FetchAhead(runs, calls);
+}
 
 // As `parallel`, for the product of x that makes a side path's y: `body(first, last, fetch)` calls `fetch` `calls` times
 // for each item, and the side path of the same x, where one was started, is shrunk along with it.
@@ -101,7 +68,7 @@ inline void parallel_with_side_path(int64_t count, const void* x, int64_t calls,
     run_each(pieces, [&](int64_t piece) {
         const int64_t first = count * piece / pieces, last = count * (piece + 1) / pieces;
         FetchAhead fetch;
-        if (side && side->is_fetched) fetch = FetchAhead(*side, piece, pieces, calls * (last - first));
+        if (side && side->is_fetched) fetch = fetch_ahead(*side, piece, pieces, calls * (last - first));
         body(first, last, fetch);
         if (side) side->shrink(side->num_shrinks() * piece / pieces, side->num_shrinks() * (piece + 1) / pieces);
     });
