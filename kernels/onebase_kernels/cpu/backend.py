@@ -51,7 +51,7 @@ def pack_dense(weight: Tensor) -> Tensor:
     return memory.resident(weight) if weight.device.type == "cpu" else weight
 
 
-def pack_screen(head: Tensor) -> TiledScreen | None:
+def pack_screen(head: Tensor) -> HeadScreen | None:
     """As `reference.pack_screen`, where there are products of bfloat16."""
     return head_screen.pack(head) if head_screen.can_pack(head) and _has_dense_linear() else None
 
