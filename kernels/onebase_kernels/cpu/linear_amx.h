@@ -25,10 +25,11 @@ template <class Group>
     }
 }
 
-// y[m of 16 rows, 16 outputs] of the rows of x from `row` on, which `x` and `y` point to: a tile's products are summed by AMX, then scaled and added up here. Decoding runs one tile
-// ahead of the products and scaling one behind, so that none waits for what was only just written.
+// y[m, 16 outputs] of up to 16 rows of x, readable as a whole tile: a tile's products are summed by AMX, then scaled and
+// added up here. Decoding runs one tile ahead of the products and scaling one behind, so that none waits for what was only
+// just written.
 template <class Group, class Y>
-void multiply_some(const Group& group, int64_t block, const BFloat16* x, int64_t row, int64_t m,
+void multiply_some(const Group& group, int64_t block, const BFloat16* x, int64_t m,
                    const Starts<Group, BFloat16>& starts, FetchAhead& fetch, Y* y) {
     constexpr int64_t BLOCK_K = Group::BLOCK_K;
     const int64_t k = group.num_inputs, tiles = k / BLOCK_K;
@@ -36,7 +37,7 @@ void multiply_some(const Group& group, int64_t block, const BFloat16* x, int64_t
     alignas(64) BFloat16 weights[2][BLOCK_K * BLOCK_N];
     alignas(64) float products[2][C_TILE];
     F32x16 total[M_TILE], scale{};
-    starts.set(total, block, row);
+    starts.set(total, block, 0);
     const __m512i codebook = twice((__m256i)narrow(group.codebook()));
     Scales<Group> scales(group, block);
     const auto add_products = [&](int64_t tile) {
@@ -65,6 +66,120 @@ void multiply_some(const Group& group, int64_t block, const BFloat16* x, int64_t
     for (int64_t i = 0; i < m; i++) store(y + i * group.num_outputs + block * BLOCK_N, total[i]);
 }
 
+// ---- more rows: a tile of weights is decoded once for all of them, and its products are scaled ----------------------
+
+constexpr int64_t MAX_ROW_TILES = 6;  // whose sums the first cache holds
+
+// The sums of one or two tiles of rows times one or two blocks of outputs, of BLOCK_K inputs, in AMX's registers 0 to 3.
+template <int64_t BLOCK_K, int ROW_TILES, int BLOCKS>
+[[gnu::always_inline]] inline void multiply_tile(const BFloat16* first, const BFloat16* second, int64_t k,
+                                                 const BFloat16 (*weights)[BLOCK_K * BLOCK_N]) {
+    _tile_zero(0);
+    if constexpr (BLOCKS > 1) _tile_zero(1);
+    if constexpr (ROW_TILES > 1) _tile_zero(2);
+    if constexpr (ROW_TILES > 1 && BLOCKS > 1) _tile_zero(3);
+    for (int64_t input = 0; input < BLOCK_K; input += K_TILE) {
+        _tile_loadd(4, first + input, 2 * k);
+        _tile_loadd(6, weights[0] + input * BLOCK_N, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (BLOCKS > 1) {
+            _tile_loadd(7, weights[1] + input * BLOCK_N, 64);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if constexpr (ROW_TILES > 1) {
+            _tile_loadd(5, second + input, 2 * k);
+            _tile_dpbf16ps(2, 5, 6);
+        }
+        if constexpr (ROW_TILES > 1 && BLOCKS > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
+// Up to MAX_ROW_TILES tiles of rows times one or two blocks of outputs. As in multiply_some, decoding runs ahead of the
+// products and scaling behind them.
+template <class Group, int BLOCKS>
+class TileProducts {
+    static constexpr int64_t BLOCK_K = Group::BLOCK_K;
+
+public:
+    // Row tile t lies at x[t]; rows lie num_inputs apart.
+    TileProducts(const Group& group, int64_t block, const BFloat16* const* x, int64_t row_tiles)
+        : k_(group.num_inputs), x_(x), row_tiles_(row_tiles), codebook_(twice((__m256i)narrow(group.codebook()))),
+          codes_{codes(group, block), codes(group, block + BLOCKS - 1)},
+          scales_{{group, block}, {group, block + BLOCKS - 1}} {}
+
+    // The sums before the first product, [16 rows, 16 outputs] of a tile of rows and a block; afterwards, of all.
+    F32x16 (&totals(int64_t row_tile, int64_t block))[M_TILE] { return totals_[row_tile][block]; }
+
+    void run(FetchAhead& fetch) {
+        const int64_t tiles = k_ / BLOCK_K;
+        decode(0);
+        for (int64_t tile = 0; tile < tiles; tile++) {
+            for (int64_t row_tile = 0; row_tile < row_tiles_; row_tile += 2, turn_++) {
+                const BFloat16 *first = x_[row_tile] + tile * BLOCK_K, *second = x_[row_tile + 1] + tile * BLOCK_K;
+                const int count = row_tile + 1 < row_tiles_ ? 2 : 1;
+                if (row_tile == 0) {
+                    fetch();
+                    if (tile + 1 < tiles) decode(tile + 1);
+                }
+                if (count == 2) multiply_tile<BLOCK_K, 2, BLOCKS>(first, second, k_, weights_[tile % 2]);
+                else multiply_tile<BLOCK_K, 1, BLOCKS>(first, second, k_, weights_[tile % 2]);
+                if (turn_) add_products();
+                if (row_tile == 0)
+                    for (int block = 0; block < BLOCKS; block++) scale_[block] = scales_[block](tile);
+                keep_products(row_tile, count);
+            }
+        }
+        add_products();
+    }
+
+private:
+    static const uint8_t* codes(const Group& group, int64_t block) {
+        return group.codes + block * (group.num_inputs / BLOCK_K) * TILE_BYTES<Group>;
+    }
+
+    void decode(int64_t tile) {
+        for (int block = 0; block < BLOCKS; block++)
+            decode_tile<Group>(codebook_, codes_[block] + tile * TILE_BYTES<Group>, weights_[tile % 2][block]);
+    }
+
+    // What AMX has computed goes to memory, to be scaled after the next products.
+    void keep_products(int64_t row_tile, int count) {
+        auto& products = products_[turn_ % 2];
+        _tile_stored(0, products[0][0], 64);
+        if constexpr (BLOCKS > 1) _tile_stored(1, products[0][1], 64);
+        if (count > 1) {
+            _tile_stored(2, products[1][0], 64);
+            if constexpr (BLOCKS > 1) _tile_stored(3, products[1][1], 64);
+        }
+        kept_row_tile_ = row_tile;
+        kept_count_ = count;
+    }
+
+    void add_products() {
+        const auto& products = products_[(turn_ + 1) % 2];
+        for (int i = 0; i < kept_count_; i++)
+            for (int block = 0; block < BLOCKS; block++) {
+                auto& totals = totals_[kept_row_tile_ + i][block];
+#pragma GCC unroll 16
+                for (int row = 0; row < M_TILE; row++)
+                    totals[row] += load(products[i][block] + row * BLOCK_N) * scale_[block];
+            }
+    }
+
+    const int64_t k_;
+    const BFloat16* const* x_;
+    const int64_t row_tiles_;
+    const __m512i codebook_;
+    const uint8_t* const codes_[2];
+    Scales<Group> scales_[2];
+    F32x16 scale_[BLOCKS];
+    int64_t turn_ = 0, kept_row_tile_ = 0;
+    int kept_count_ = 0;
+    alignas(64) BFloat16 weights_[2][BLOCKS][BLOCK_K * BLOCK_N];
+    alignas(64) float products_[2][2][BLOCKS][C_TILE];
+    F32x16 totals_[MAX_ROW_TILES][BLOCKS][M_TILE];
+};
+
 // ---- many rows: weights are decoded and scaled once for all of them, and all sums stay in AMX's registers -------------
 
 constexpr int64_t DECODED_BYTES = 512 << 10;  // of weights at a time, for the second cache
@@ -76,6 +191,7 @@ inline void decode_weights(F32x16 codebook, const uint8_t* codes, Decoder decode
                                                 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
 #pragma GCC unroll 4
     for (int64_t row = 0; row < K_TILE / ROW_INPUTS; row++) {
+        __builtin_prefetch(codes + row * ROW_BYTES + BYTES_AHEAD);
         const U32x16 packed = load_raw<U32x16>(codes + row * ROW_BYTES);
 #pragma GCC unroll 4
         for (int pair = 0; pair < 4; pair++) {

@@ -104,7 +104,9 @@ void linear_pairs(const Group& group, const BFloat16* x, int64_t m, const BFloat
 
 #if defined(__AMX_BF16__)
 constexpr int64_t FEW = 2;    // up to so many rows, fixed point is faster than AMX
-constexpr int64_t SOME = 32;  // up to so many, scaling products is faster than scaling weights
+constexpr int64_t SOME = 16;  // up to so many, sums stay in registers
+constexpr int64_t MORE = 96;  // up to so many, scaling products is faster than scaling weights
+static_assert(MORE <= MAX_ROW_TILES * M_TILE);
 
 // The rows of x as AMX reads them, 16 at a time: those of whole tiles where they are, the others in a copy.
 struct RowTiles {
@@ -120,16 +122,40 @@ struct RowTiles {
 
 template <class Group, class Y>
 void linear_some(const Group& group, const RowTiles& rows, const BFloat16* bias, Y* y) {
-    const int64_t k = group.num_inputs, n = group.num_outputs;
-    const Starts<Group, BFloat16> starts(group, rows.x, rows.whole + rows.rest, bias);
+    const int64_t k = group.num_inputs, n = group.num_outputs, m = rows.whole + rows.rest;
+    const Starts<Group, BFloat16> starts(group, rows.x, m, bias);
     parallel_with_side_path(n / BLOCK_N, rows.x, k / Group::BLOCK_K, [&](int64_t first, int64_t last, FetchAhead& fetch) {
         const Tiles tiles;
-        for (int64_t block = first; block < last; block++) {
-            for (int64_t row = 0; row < rows.whole; row += M_TILE)
-                multiply_some(group, block, rows.x + row * k, row, M_TILE, starts, fetch, y + row * n);
-            if (rows.rest)
-                multiply_some(group, block, rows.last.data(), rows.whole, rows.rest, starts, fetch, y + rows.whole * n);
-        }
+        for (int64_t block = first; block < last; block++)
+            multiply_some(group, block, rows.rest ? rows.last.data() : rows.x, m, starts, fetch, y);
+    });
+}
+
+template <class Group, class Y>
+void linear_more(const Group& group, const RowTiles& rows, const BFloat16* bias, Y* y) {
+    const int64_t k = group.num_inputs, n = group.num_outputs, m = rows.whole + rows.rest;
+    const Starts<Group, BFloat16> starts(group, rows.x, m, bias);
+    const BFloat16* x[MAX_ROW_TILES + 1] = {};
+    int64_t row_tiles = 0;
+    for (int64_t row = 0; row < rows.whole; row += M_TILE) x[row_tiles++] = rows.x + row * k;
+    if (rows.rest) x[row_tiles++] = rows.last.data();
+    const auto multiply = [&]<int BLOCKS>(int64_t block, FetchAhead& fetch) {
+        TileProducts<Group, BLOCKS> products(group, block, x, row_tiles);
+        const auto each = [&](auto body) {
+            for (int64_t tile = 0; tile < row_tiles; tile++)
+                for (int i = 0; i < BLOCKS; i++) body(tile * M_TILE, block + i, products.totals(tile, i));
+        };
+        each([&](int64_t row, int64_t block, auto& totals) { starts.set(totals, block, row); });
+        products.run(fetch);
+        each([&](int64_t row, int64_t block, const auto& totals) {
+            for (int64_t i = 0; i < std::min(M_TILE, m - row); i++) store(y + (row + i) * n + block * BLOCK_N, totals[i]);
+        });
+    };
+    parallel_with_side_path(n / BLOCK_N, rows.x, k / Group::BLOCK_K, [&](int64_t first, int64_t last, FetchAhead& fetch) {
+        const Tiles tiles;
+        int64_t block = first;
+        for (; block + 2 <= last; block += 2) multiply.template operator()<2>(block, fetch);
+        if (block < last) multiply.template operator()<1>(block, fetch);
     });
 }
 
@@ -163,7 +189,8 @@ void linear(const Group& group, const X* x, int64_t m, const X* bias, Y* y) {
 #if defined(__AVX512BF16__)
     if constexpr (sizeof(X) == sizeof(BFloat16)) {
 #if defined(__AMX_BF16__)
-        if (m > SOME) return linear_many(group, RowTiles(x, m, group.num_inputs), bias, y);
+        if (m > MORE) return linear_many(group, RowTiles(x, m, group.num_inputs), bias, y);
+        if (m > SOME) return linear_more(group, RowTiles(x, m, group.num_inputs), bias, y);
         if (m > FEW) return linear_some(group, RowTiles(x, m, group.num_inputs), bias, y);
 #endif
         return linear_pairs(group, x, m, bias, y);
