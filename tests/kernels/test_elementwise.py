@@ -22,13 +22,14 @@ def test_rows_that_are_replaced_become_the_vectors_and_no_others(backend: str, d
 
 
 @pytest.mark.parametrize("rows", [1, 1200])
-@pytest.mark.parametrize(("dtype", "one_ulp"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
-def test_rms_norm_is_llamas(backend: str, dtype: torch.dtype, one_ulp: float, rows: int) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-6)])
+def test_rms_norm_is_llamas(backend: str, dtype: torch.dtype, tolerance: float, rows: int) -> None:
+    # bfloat16 is rounded twice, before the weight and after it, and sums in another order may turn each the other way.
     norm = LlamaRMSNorm(40, eps=1e-5).to(dtype)
     norm.weight.data.normal_()
     x = torch.randn(rows, 3, 40).to(dtype)
     expected = norm(x).detach()
-    torch.testing.assert_close(kernels.rms_norm(x, norm.weight.data, 1e-5), expected, rtol=one_ulp, atol=1e-6)
+    torch.testing.assert_close(kernels.rms_norm(x, norm.weight.data, 1e-5), expected, rtol=tolerance, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
