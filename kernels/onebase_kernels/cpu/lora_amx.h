@@ -163,6 +163,9 @@ private:
             pair_ranks(piece, column, b.data());
             for (int64_t tile = 0; tile < piece.row_tiles; tile++, turn++) {
                 const BFloat16* shrunk = shrunk_.data() + (piece.shrunk + tile * steps(piece.total_rank)) * LORA_TILE;
+                BFloat16* tile_y = y + (piece.segment.start + tile * LORA_ROWS) * stride + piece.y_column + column;
+                const int64_t tile_rows = std::min(LORA_ROWS, rows - tile * LORA_ROWS);
+                for (int64_t row = 0; row < tile_rows; row++) __builtin_prefetch(tile_y + row * stride);
                 _tile_zero(0);
                 _tile_zero(1);
                 for (int64_t step = first_step; step < last_step; step++) {
@@ -175,8 +178,8 @@ private:
                 }
                 add(both[(turn + 1) % 2], piece.width);  // meanwhile: what AMX stores can be loaded only long after
                 Products& now = both[turn % 2];
-                now.rows = std::min(LORA_ROWS, rows - tile * LORA_ROWS);
-                now.y = y + (piece.segment.start + tile * LORA_ROWS) * stride + piece.y_column + column;
+                now.rows = tile_rows;
+                now.y = tile_y;
                 now.gain = piece.gain ? piece.gain + column : nullptr;
                 _tile_stored(0, now.sums[0], 64);
                 _tile_stored(1, now.sums[1], 64);
