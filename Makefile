@@ -34,9 +34,12 @@ test: install ## Run the whole suite (ARGS= goes to pytest)
 test-gpu: export PYTHONPATH := kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
 test-gpu: export CUBLAS_WORKSPACE_CONFIG := :4096:8
 test-gpu: ## Test the GPU's kernels on the GPU at hand, whole numbers first (PYTHON= if there is no .venv, ARGS=)
-	$(GPU_PYTHON) -m pytest --confcutdir=tests/gpu tests/gpu $(ARGS)
+	@status=0; \
+	$(GPU_PYTHON) -m pytest --confcutdir=tests/gpu tests/gpu $(ARGS) || status=$$?; \
 	$(GPU_PYTHON) -m pytest --confcutdir=tests/kernels tests/kernels/triton tests/kernels/test_linear.py \
-		tests/kernels/test_attention.py tests/kernels/test_elementwise.py -k triton $(ARGS)
+		tests/kernels/test_attention.py tests/kernels/test_elementwise.py -k triton $(ARGS) \
+		|| status=$$(($$? > status ? $$? : status)); \
+	exit $$status
 
 check: install ## Lint (ruff) and type-check (mypy, strict)
 	$(BIN)/ruff check .
