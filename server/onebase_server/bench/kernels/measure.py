@@ -3,7 +3,7 @@
 import gc
 import os
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from onebase_server.bench.kernels.cases import Case
 from onebase_server.bench.kernels.options import KernelOptions
 from onebase_server.bench.kernels.rooflines import Rooflines
 from onebase_server.bench.kernels.timing import Clock, MakeBurst, Timing
-from onebase_server.bench.kernels.trial import Trial, Work
+from onebase_server.bench.kernels.trial import Work
 from onebase_server.bench.kernels.workbench import Workbench
 from onebase_server.model.backend import use_kernels
 from onebase_server.model.config import ModelConfig
@@ -109,9 +109,8 @@ def measure_cases(
         gc.collect()  # for what becomes a CUDA graph: its capture does not
         of_case: list[TimedTrial] = []
         try:
-            for trial in case.trials(bench):
-                rooflines.meet(trial.working_set)
-                of_case.append(_measure(bench, trial))
+            for trial in _time_case(bench, case, rooflines):
+                of_case.append(trial)
                 on_progress(index * len(rows) + len(of_case), len(cases) * len(rows))
         except Exception as error:  # whatever it is, the other cases are worth having
             at = rows[len(of_case)]
@@ -124,15 +123,12 @@ def measure_cases(
     return found
 
 
-def _measure(bench: Workbench, trial: Trial) -> TimedTrial:
-    return TimedTrial(
-        trial.op,
-        trial.variant,
-        trial.rows,
-        trial.work,
-        trial.working_set,
-        timing.time_interleaved(trial.contenders, trial.steps, bench.options.repeats, *how_to_time(bench)),
-    )
+def _time_case(bench: Workbench, case: Case, rooflines: Rooflines) -> Iterator[TimedTrial]:
+    """Its trials one by one; with the last of them, or an error, nothing holds on to what they were set up with."""
+    for trial in case.trials(bench):
+        rooflines.meet(trial.working_set)
+        timings = timing.time_interleaved(trial.contenders, trial.steps, bench.options.repeats, *how_to_time(bench))
+        yield TimedTrial(trial.op, trial.variant, trial.rows, trial.work, trial.working_set, timings)
 
 
 def how_to_time(bench: Workbench) -> tuple[Clock, MakeBurst]:
