@@ -17,6 +17,8 @@ from onebase_kernels.triton.nf4_linear import fused_linear
 from onebase_kernels.triton.nf4_packing import FragmentNf4, pack
 from onebase_kernels.triton.plans import InvalidPlan, Plan, plan_for
 
+pytestmark = pytest.mark.usefixtures("tensors_on_the_gpu")
+
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (1024, 576)]
 CUTS = [
     Plan(block_m, block_n, splits, unroll, num_warps)

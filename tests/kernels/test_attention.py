@@ -35,7 +35,7 @@ class PagedRequests:
         for row, (stop, count) in enumerate(zip(torch.tensor(counts).cumsum(0).tolist(), counts, strict=True)):
             tables[row, :count] = free[stop - count : stop]
         cache_shape = (sum(counts) + 3, block_size, kv_heads, HEAD_DIM)
-        self.k_cache, self.v_cache = kernels.allocate_kv(1, cache_shape, dtype, torch.device("cpu"))[0]
+        self.k_cache, self.v_cache = kernels.allocate_kv(1, cache_shape, dtype, torch.get_default_device())[0]
         self.k_cache.fill_(torch.nan)
         self.v_cache.fill_(torch.nan)
         slots = []

@@ -1,10 +1,13 @@
 """An adapter's matrices are laid out in the target bit by bit as torch would, and nothing beside them is written."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
 import onebase_kernels as kernels
 from onebase_kernels import Matrix
+from onebase_kernels.cpu.library import runnable_variants
 
 GAP = 3
 
@@ -32,3 +35,13 @@ def test_matrices_lie_at_their_offsets_scaled_and_turned(
         assert torch.equal(target[matrix.offset : matrix.offset + numbers.numel()], numbers)
         assert target[matrix.offset - GAP : matrix.offset].isnan().all()
     assert target[end - GAP :].isnan().all()
+
+
+@pytest.mark.skipif(not runnable_variants() or not find_spec("triton"), reason="needs both the C++ ops and Triton")
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_beside_the_triton_kernels_the_cpu_ones_do_it(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets: list[torch.Tensor] = []
+    monkeypatch.setattr("onebase_kernels.cpu.backend.copy_matrices_", lambda target, matrices: targets.append(target))
+    target = torch.zeros(1, device="cpu")
+    kernels.copy_matrices_(target, [])
+    assert targets == [target]

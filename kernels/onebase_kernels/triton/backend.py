@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from onebase_kernels import reference, sdpa_attention
-from onebase_kernels.batch import AttentionBatch, LoraBatch, StepInputs
+from onebase_kernels.backends import why_not
+from onebase_kernels.batch import AttentionBatch, LoraBatch, Matrix, StepInputs
 from onebase_kernels.quantized import PackedWeights, QuantizedWeight
 from onebase_kernels.triton import attention, elementwise
 from onebase_kernels.triton import lora as side_path
@@ -30,7 +31,7 @@ def pack_quantized(weights: Sequence[QuantizedWeight]) -> PackedWeights:
 def record(forward: Callable[[StepInputs], Tensor], largest: StepInputs) -> Callable[[StepInputs], Tensor]:
     """As `reference.record`: steps in which all requests decode become CUDA graphs, for all sizes here and now.
 
-    Where an op does not let them, there is a warning, and all steps are computed op by op.
+    Where that cannot be, a warning says why, and all steps are computed op by op.
     """
     try:
         return DecodeGraphs(forward, largest)
@@ -71,6 +72,16 @@ def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequenc
         reference.add_lora_(y, x, lora, place, widths)
         return
     side_path.add_lora_(y, x, lora, place, widths, started if isinstance(started, Tensor) else None)
+
+
+def copy_matrices_(target: Tensor, matrices: Sequence[Matrix]) -> None:
+    """As `reference.copy_matrices_`; it computes on the host, so by the C++ ops where these are built."""
+    if why_not("cpu", "cpu"):
+        reference.copy_matrices_(target, matrices)
+        return
+    from onebase_kernels.cpu import backend as cpu  # here, for it cannot be imported where they are not built
+
+    cpu.copy_matrices_(target, matrices)
 
 
 def write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> None:

@@ -155,7 +155,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows = max(1, _NORM_NUMBERS // cols) if rows_per_token > 1 else 1
     if num_rows:
         rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
-            x, weight, y, num_rows, eps, x.stride(0), rows_per_token, size, rows, cols, num_warps=_warps(rows * cols)
+            x, weight, y, num_rows, eps, x.stride(0), rows_per_token, size, rows, cols, num_warps=warps_for(rows * cols)
         )
     return y
 
@@ -166,7 +166,7 @@ def add_rms_norm_(hidden: Tensor, delta: Tensor, weight: Tensor, eps: float) -> 
     y = torch.empty_like(hidden)
     cols = triton.next_power_of_2(size)
     if rows:
-        add_rms_norm_kernel[(rows,)](hidden, delta, weight, y, eps, size, cols, num_warps=_warps(cols))
+        add_rms_norm_kernel[(rows,)](hidden, delta, weight, y, eps, size, cols, num_warps=warps_for(cols))
     return y
 
 
@@ -208,6 +208,10 @@ def _gate(gate_up: Tensor, is_gelu: bool) -> Tensor:
     return y
 
 
-def _warps(numbers: int) -> int:
-    """Warps for a program of so many numbers: 16 or so for each thread, in four to sixteen warps."""
-    return min(16, max(4, triton.next_power_of_2(numbers) // 512))
+def warps_for(numbers: int) -> int:
+    """Warps for a program of so many numbers, a power of two: 16 or so for each thread, in four to sixteen warps.
+
+    Fewer where there is not a number for each thread: several warps would then hold the same ones, and one could read
+    what another has already written in place.
+    """
+    return min(16, max(1, min(4, numbers // 32), numbers // 512))

@@ -8,6 +8,7 @@ has several tokens (prefill) are computed op by op.
 Without a GPU, in Triton's interpreter, the same buffers and fillings are used, and only the capture is left out.
 """
 
+import gc
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ _NOWHERE = -1  # the slot of a row that only fills up: of the KV cache, or of th
 
 
 class NotCapturable(Exception):
-    """A step cannot become a graph: an op asks the host for what only the device knows, or waits for the device."""
+    """A step cannot become a graph: an op asks the host for what only the device knows, or the capture fails."""
 
 
 def check_known_on_host(batch: AttentionBatch | LoraBatch) -> None:
@@ -138,8 +139,12 @@ class DecodeStep:
             torch.cuda.set_sync_debug_mode("default")
 
     def capture(self, pool: object) -> None:
-        """Make a CUDA graph of it, in the memory of `pool`."""
-        self._run = CapturedGraph(self._run, pool)
+        """Make a CUDA graph of it, in the memory of `pool`; raise NotCapturable if that fails."""
+        try:
+            self._run = CapturedGraph(self._run, pool)
+        except RuntimeError as error:
+            torch.cuda.synchronize()  # fails where the device can compute nothing any more, which must not be hidden
+            raise NotCapturable(str(error.__context__ or error)) from error  # to end a failed capture fails once more
 
     def __call__(self, step: StepInputs) -> Tensor:
         """What `forward` makes of a step, [T, …]."""
@@ -170,7 +175,8 @@ class DecodeGraphs:
     def __init__(self, forward: Callable[[StepInputs], Tensor], largest: StepInputs) -> None:
         """Capture all sizes up to `largest`, which `reference.record` describes, and compile what prefill needs.
 
-        Raises NotCapturable if an op of `forward` asks the host what is in a step, or waits for the device.
+        Raises NotCapturable if an op of `forward` asks the host what is in a step or waits for the device, or if a
+        capture fails for another reason.
         """
         self._forward = forward
         self._device = largest.lora.arena.device
@@ -185,6 +191,7 @@ class DecodeGraphs:
             for prefill in prefill_steps(largest):
                 forward(prefill)
             self._steps[self._buckets[-1], True].check_never_waits()
+            gc.collect()  # what is garbage may hold memory of the device, and captures do not collect it
             pool = torch.cuda.graph_pool_handle()
             for step in self._steps.values():  # the largest first, whose memory the others find free again
                 step.capture(pool)

@@ -186,10 +186,12 @@ def start(x: Tensor, lora: LoraBatch, place: int) -> Tensor | None:
     The planes are for `add_lora_`, which waits for them; None if nothing has begun.
     """
     tiles = plan(lora)
-    if tiles is None or not x.is_cuda or not torch.cuda.is_current_stream_capturing():
+    if tiles is None or not x.is_cuda:
+        return None
+    stream = _side_stream(x.device)  # made by a call before any capture, in which nothing should be set up
+    if not torch.cuda.is_current_stream_capturing():
         return None
     planes = _planes(x, tiles)  # of this stream, so that nobody else gets their memory before they are used
-    stream = _side_stream(x.device)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         _shrink(planes, x, tiles, lora, place)

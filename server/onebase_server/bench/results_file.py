@@ -15,7 +15,7 @@ DOTS_PER_INCH = 120
 
 
 def write_json(path: Path, machine: Machine, results: dict[str, Any]) -> None:
-    """Write results with the machine they were measured on; a file of that name is replaced."""
+    """Write results with the machine they were measured on; a file of that name is replaced, and whole at any time."""
     document = {
         "format": FORMAT,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -24,4 +24,11 @@ def write_json(path: Path, machine: Machine, results: dict[str, Any]) -> None:
         **results,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2) + "\n")
+    replace_json(path, document)
+
+
+def replace_json(path: Path, document: dict[str, Any]) -> None:
+    """Write the file under another name first, so that under its own there is never half of it."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(document, indent=2) + "\n")
+    unfinished.replace(path)

@@ -160,7 +160,7 @@ class Runner:
         tokens: dict[int, int] = {}
         logprobs: dict[int, Logprob] = {}
         if sampling:
-            last_rows = hidden[torch.tensor([stops[i] - 1 for i in sampling])]
+            last_rows = _take(hidden, [stops[i] - 1 for i in sampling])
             if self._takes_best(batch, sampling):
                 tokens = dict(zip(sampling, self.decoder.best_tokens(last_rows).tolist(), strict=True))
             else:
@@ -179,7 +179,7 @@ class Runner:
     def _sample(self, batch: Batch, rows: list[int], logits: Tensor) -> tuple[dict[int, int], dict[int, Logprob]]:
         sequences = [batch.scheduled[i].sequence for i in rows]
         reporting = [r for r, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
-        raw = logits[reporting]  # a copy: sampling changes logits in place
+        raw = logits[reporting] if reporting else logits[:0]  # a copy: sampling changes logits in place
         chosen = sample(logits, sequences)
         logprobs: dict[int, Logprob] = {}
         for r, row_logits in zip(reporting, raw, strict=True):
@@ -198,3 +198,10 @@ class Runner:
             return ()
         logits = self._logits(hidden[: len(targets)], [sequence] * len(targets))
         return tuple(chosen_logprobs(logits, targets, sequence.sampling.prompt_logprobs or 0))
+
+
+def _take(hidden: Tensor, rows: list[int]) -> Tensor:
+    """These rows; where they are all of them in order, as in a step of decoding, `hidden` itself."""
+    if rows == [*range(len(hidden))]:
+        return hidden
+    return hidden.index_select(0, torch.tensor(rows).to(hidden.device, non_blocking=True))

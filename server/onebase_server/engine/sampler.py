@@ -25,7 +25,7 @@ def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[int]:
     for row, sequence in enumerate(sequences):
         if _is_penalised(sequence.sampling):
             apply_penalties_(logits[row], sequence)
-    tokens: list[int] = kernels.choose_tokens(logits, _sampling_batch(sequences, logits.device)).tolist()
+    tokens: list[int] = kernels.choose_tokens(logits, _sampling_batch(sequences, logits)).tolist()
     return tokens
 
 
@@ -38,18 +38,24 @@ def _is_penalised(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1.0 or bool(params.presence_penalty or params.frequency_penalty)
 
 
-def _sampling_batch(sequences: Rows[Sequence], device: torch.device) -> SamplingBatch:
-    params = [sequence.sampling for sequence in sequences]
-    is_random = [p.temperature >= GREEDY_BELOW for p in params]
-    uniform = [uniform_number(s.seed, s.num_tokens) if r else 0.0 for s, r in zip(sequences, is_random, strict=True)]
-    return SamplingBatch(
-        temperature=torch.tensor([p.temperature if r else 0.0 for p, r in zip(params, is_random, strict=True)]).to(
-            device
-        ),
-        top_k=torch.tensor([p.top_k for p in params]).to(device),
-        top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32).to(device),
-        min_p=torch.tensor([p.min_p for p in params], dtype=torch.float32).to(device),
-        uniform=torch.tensor(uniform, dtype=torch.float64).to(device),
+def _sampling_batch(sequences: Rows[Sequence], logits: Tensor) -> SamplingBatch:
+    """The rows' parameters where the logits are: in one transfer, as fp64, which holds each of them."""
+    parameters = torch.tensor([_parameters(sequence, logits.shape[1]) for sequence in sequences], dtype=torch.float64)
+    columns = parameters.T.contiguous().to(logits.device, non_blocking=True)
+    temperature, top_k, top_p, min_p, uniform = columns
+    return SamplingBatch(temperature.float(), top_k.long(), top_p.float(), min_p.float(), uniform)
+
+
+def _parameters(sequence: Sequence, vocab_size: int) -> tuple[float, ...]:
+    """A row of a `SamplingBatch`."""
+    params = sequence.sampling
+    is_random = params.temperature >= GREEDY_BELOW
+    return (
+        params.temperature if is_random else 0.0,
+        min(params.top_k, vocab_size),
+        params.top_p,
+        params.min_p,
+        uniform_number(sequence.seed, sequence.num_tokens) if is_random else 0.0,
     )
 
 

@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -68,12 +69,17 @@ def load_base(directory: Path, recipe: Recipe) -> PreTrainedModel:
     A checkpoint that came quantised is taken as it is.
 
     Raises:
-        ConfigurationError: `directory` holds no model that Transformers can load.
+        ConfigurationError: `directory` holds no model that Transformers can load, or a package is missing for it.
     """
     dtype: torch.dtype = getattr(torch, recipe.dtype)
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         quantise = recipe.quantization == "nf4" and "quantization_config" not in config
+        if quantise and find_spec("bitsandbytes") is None:
+            raise ConfigurationError(
+                "Training on a base in NF4 needs the package bitsandbytes, which is not installed; with "
+                "`--quantization none` the base stays as it is."
+            )
         model = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
@@ -82,7 +88,7 @@ def load_base(directory: Path, recipe: Recipe) -> PreTrainedModel:
             # an explicit None would override what a quantised checkpoint says of itself
             **({"quantization_config": _nf4(dtype)} if quantise else {}),
         )
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise ConfigurationError(f"The base in {directory} cannot be loaded: {error}.") from error
     model.config.use_cache = False
     return model

@@ -43,6 +43,15 @@ def test_rope_rounds_where_the_reference_does(dtype: torch.dtype) -> None:
     torch.testing.assert_close(k, expected_k)
 
 
+def test_no_two_warps_hold_the_same_number() -> None:
+    """Else one would read what another has already written in place."""
+    for exponent in range(15):
+        numbers = 1 << exponent
+        warps = elementwise.warps_for(numbers)
+        assert warps in (1, 2, 4, 8, 16)
+        assert warps == 1 or 32 * warps <= numbers
+
+
 def test_a_token_that_only_fills_the_step_up_is_written_nowhere() -> None:
     k, caches = torch.randn(3, 2, 6), [torch.zeros(2, 2, 2, 6) for _ in range(2)]
     batch = AttentionBatch((0, 3), (3,), torch.zeros(1, 1, dtype=torch.int32), torch.tensor([2, -1, 1]))

@@ -1,7 +1,8 @@
 """Decode steps from buffers that stay, filled up to a bucket: what graphs replay, and on a GPU graphs themselves."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -159,6 +160,37 @@ def test_a_forward_that_waits_for_the_device_is_computed_op_by_op() -> None:
         recorded = kernels.record(forward, model.largest_step())
     step = model.step([9], [1], [[3]])
     torch.testing.assert_close(recorded(step), model.forward(step))
+
+
+def test_a_model_whose_steps_cannot_be_captured_is_computed_op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = SmallModel()
+    monkeypatch.setattr(graphs.DecodeStep, "__init__", failing(NotCapturable("operation not permitted")))
+    with pytest.warns(UserWarning, match="There are no CUDA graphs for this model, .*: operation not permitted"):
+        recorded = kernels.record(model.forward, model.largest_step())
+    step = model.step([9], [1], [[3]])
+    torch.testing.assert_close(recorded(step), model.forward(step))
+
+
+def test_a_capture_that_fails_is_told_from_a_device_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = SmallModel()
+    step = graphs.DecodeStep(model.forward, 2, model.largest_step(), has_adapters=True)
+    of_ending = RuntimeError("a previous error during capture")
+    of_ending.__context__ = RuntimeError("operation not permitted")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for error in (RuntimeError("operation not permitted"), of_ending):
+        monkeypatch.setattr(graphs, "CapturedGraph", failing(error))
+        with pytest.raises(NotCapturable, match="operation not permitted"):
+            step.capture(pool=None)
+    monkeypatch.setattr(torch.cuda, "synchronize", failing(RuntimeError("an illegal memory access")))
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
+        step.capture(pool=None)
+
+
+def failing(error: Exception) -> Callable[..., Any]:
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    return fail
 
 
 def test_a_step_may_lie_on_the_host() -> None:

@@ -12,8 +12,8 @@ import torch
 from typer.testing import CliRunner, Result
 
 import onebase_kernels as kernels
+from onebase_server.bench.kernels import elementwise_cases, timing
 from onebase_server.bench.kernels import rooflines as rooflines_module
-from onebase_server.bench.kernels import timing
 from onebase_server.bench.kernels.cases import list_cases
 from onebase_server.bench.kernels.linear_cases import DENSE, WITHOUT_ADAPTERS
 from onebase_server.bench.kernels.options import KernelOptions, read_config
@@ -91,6 +91,42 @@ def test_every_op_is_timed_and_written(bench_kernels: Callable[..., Result], wor
     assert plots == {f"{trial['op'].strip('_')}.png" for trial in written["trials"]}
     for heading in ("quantized_linear gate_up", "of memory roofline", "bitsandbytes takes", "GFLOP/s"):
         assert heading in result.output
+
+
+def test_a_case_that_fails_is_named_and_costs_no_other(
+    bench_kernels: Callable[..., Result], word_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(elementwise_cases, "silu_mul", failing_after_a_trial(torch.OutOfMemoryError("out of memory")))
+    result = bench_kernels("--base", word_base, "--ops", "rms_norm,silu_mul,gelu_mul", "--rows", "1,3")
+    assert result.exit_code == 1
+    assert "silu_mul failed at 3 rows: OutOfMemoryError: out of memory" in result.output
+    assert "Traceback" not in result.output
+    (file,) = (tmp_path / "results").glob("*-kernels.json")
+    written = json.loads(file.read_text())
+    measured = [("rms_norm", 1), ("rms_norm", 3), ("silu_mul", 1), ("gelu_mul", 1), ("gelu_mul", 3)]
+    assert [(trial["op"], trial["rows"]) for trial in written["trials"]] == measured
+    (failure,) = written["failures"]
+    assert (failure["op"], failure["rows"]) == ("silu_mul", 3)
+    assert "raise error" in failure["traceback"]
+
+
+def test_what_was_measured_before_it_was_stopped_is_written(
+    bench_kernels: Callable[..., Result], word_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(elementwise_cases, "gelu_mul", failing_after_a_trial(KeyboardInterrupt()))
+    assert bench_kernels("--base", word_base, "--ops", "silu_mul,gelu_mul", "--rows", "1,3").exit_code != 0
+    (file,) = (tmp_path / "results").iterdir()
+    assert {trial["op"] for trial in json.loads(file.read_text())["trials"]} == {"silu_mul"}
+
+
+def failing_after_a_trial(error: BaseException) -> Callable[[Workbench], Iterator[Trial]]:
+    trials = elementwise_cases.silu_mul
+
+    def failing(bench: Workbench) -> Iterator[Trial]:
+        yield next(trials(bench))
+        raise error
+
+    return failing
 
 
 def test_all_contenders_compute_the_same(make_bench: Callable[..., Workbench]) -> None:

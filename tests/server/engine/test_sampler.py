@@ -47,6 +47,11 @@ def test_a_temperature_too_small_to_divide_by_takes_the_best(temperature: float)
     assert set(draw(logits, 20, temperature=temperature)) == {int(logits.argmax())}
 
 
+def test_a_top_k_beyond_the_vocabulary_is_all_of_it() -> None:
+    logits = random_logits(1)
+    assert draw(logits, 50, top_k=2**63 - 1) == draw(logits, 50, top_k=VOCAB)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.sampled_from(["greedy", "plain", "top_k", "top_p", "min_p", "penalised"]), min_size=2, max_size=6))
 def test_a_row_does_not_depend_on_the_rows_beside_it(kinds: list[str]) -> None:

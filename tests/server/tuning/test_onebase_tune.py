@@ -1,3 +1,4 @@
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,25 @@ def test_without_the_extra_it_says_what_to_install(onebase_tune: Onebase, monkey
     result = onebase_tune()
     assert result.exit_code == 1
     assert "(peft): pip install 'onebase[tune]'" in result.stderr
+
+
+def test_without_bitsandbytes_it_says_how_to_do_without(onebase_tune: Onebase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    result = onebase_tune()
+    assert result.exit_code == 1
+    assert "needs the package bitsandbytes, which is not installed; with `--quantization none`" in result.stderr
+
+
+def test_a_package_that_a_quantised_base_needs_is_named(
+    onebase_tune: Onebase, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((tiny_base / "config.json").read_text())
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tiny_base / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
+    result = onebase_tune()
+    assert result.exit_code == 1
+    assert "cannot be loaded: Using `bitsandbytes` 4-bit quantization requires bitsandbytes" in result.stderr
 
 
 def test_a_server_that_is_not_there_leaves_the_adapter_in_its_directory(onebase_tune: Onebase, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Times the cases of a workbench one after another, and measures the rooflines that they are held against."""
 
+import gc
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -13,7 +15,7 @@ from onebase_server.bench.kernels.cases import Case
 from onebase_server.bench.kernels.options import KernelOptions
 from onebase_server.bench.kernels.rooflines import Rooflines
 from onebase_server.bench.kernels.timing import Clock, MakeBurst, Timing
-from onebase_server.bench.kernels.trial import Trial, Work
+from onebase_server.bench.kernels.trial import Work
 from onebase_server.bench.kernels.workbench import Workbench
 from onebase_server.model.backend import use_kernels
 from onebase_server.model.config import ModelConfig
@@ -42,6 +44,28 @@ class TimedTrial:
         return self.timings[contender].median / self.timing.median
 
 
+@dataclass(frozen=True)
+class Failure:
+    """What an op raised on one shape and number of rows; the case's larger numbers of rows were not tried."""
+
+    op: str
+    variant: str
+    rows: int
+    error: str
+    traceback: str
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.variant}".strip() + f" failed at {self.rows} rows: {self.error}"
+
+
+@dataclass
+class Measurements:
+    """What there is so far."""
+
+    trials: list[TimedTrial] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+
 def set_up(config: ModelConfig, options: KernelOptions, device: torch.device) -> Workbench:
     """A workbench on that device, with the back end and the threads that the options ask for.
 
@@ -65,34 +89,46 @@ def rooflines_of(bench: Workbench) -> Rooflines:
 
 @torch.inference_mode()
 def measure_cases(
-    bench: Workbench, cases: Sequence[Case], rooflines: Rooflines, on_progress: OnProgress
-) -> list[TimedTrial]:
+    bench: Workbench,
+    cases: Sequence[Case],
+    rooflines: Rooflines,
+    on_progress: OnProgress,
+    on_case: Callable[[Measurements], None],
+) -> Measurements:
     """Time all trials of all cases; what one case set up is freed before the next.
 
-    The rooflines are measured before and after, and for each working set when it first occurs.
+    After each case `on_case` is called with all that was measured so far. A case that raises an error is left there,
+    and the others are measured. The rooflines are measured before and, where nothing failed (else the device may be
+    lost), after, and for each working set when it first occurs.
     """
     rooflines.measure()
-    timed = []
-    total = len(cases) * len(bench.options.rows)
-    on_progress(0, total)
-    for case in cases:
-        for trial in case.trials(bench):
-            rooflines.meet(trial.working_set)
-            timed.append(_measure(bench, trial))
-            on_progress(len(timed), total)
-    rooflines.measure()
-    return timed
+    found = Measurements()
+    rows = bench.options.rows
+    on_progress(0, len(cases) * len(rows))
+    for index, case in enumerate(cases):
+        gc.collect()  # for what becomes a CUDA graph: its capture does not
+        of_case: list[TimedTrial] = []
+        try:
+            for trial in _time_case(bench, case, rooflines):
+                of_case.append(trial)
+                on_progress(index * len(rows) + len(of_case), len(cases) * len(rows))
+        except Exception as error:  # whatever it is, the other cases are worth having
+            at = rows[len(of_case)]
+            text = f"{type(error).__name__}: {error}"
+            found.failures.append(Failure(case.op, case.variant, at, text, traceback.format_exc()))
+        found.trials += of_case
+        on_case(found)
+    if not found.failures:
+        rooflines.measure()
+    return found
 
 
-def _measure(bench: Workbench, trial: Trial) -> TimedTrial:
-    return TimedTrial(
-        trial.op,
-        trial.variant,
-        trial.rows,
-        trial.work,
-        trial.working_set,
-        timing.time_interleaved(trial.contenders, trial.steps, bench.options.repeats, *how_to_time(bench)),
-    )
+def _time_case(bench: Workbench, case: Case, rooflines: Rooflines) -> Iterator[TimedTrial]:
+    """Its trials one by one; with the last of them, or an error, nothing holds on to what they were set up with."""
+    for trial in case.trials(bench):
+        rooflines.meet(trial.working_set)
+        timings = timing.time_interleaved(trial.contenders, trial.steps, bench.options.repeats, *how_to_time(bench))
+        yield TimedTrial(trial.op, trial.variant, trial.rows, trial.work, trial.working_set, timings)
 
 
 def how_to_time(bench: Workbench) -> tuple[Clock, MakeBurst]:

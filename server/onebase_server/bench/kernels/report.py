@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from onebase_server.bench.kernels.measure import TimedTrial
+from onebase_server.bench.kernels.measure import Measurements, TimedTrial
 from onebase_server.bench.kernels.rooflines import Rooflines
 from onebase_server.bench.kernels.workbench import Workbench
 
@@ -33,17 +33,20 @@ def case_tables(trials: Sequence[TimedTrial], rooflines: Rooflines) -> Iterator[
         yield _case_table(f"{op} {variant}".strip(), list(of_case), rooflines)
 
 
-def describe_bench(bench: Workbench) -> dict[str, Any]:
-    """What was asked for, with the back end and the caches that were found."""
+def describe(bench: Workbench, found: Measurements, rooflines: Rooflines) -> dict[str, Any]:
+    """What was asked for, with the back end and the caches that were found, and all that was measured."""
     return {
         "options": bench.options.model_dump(mode="json"),
         "backend": bench.backend,
         "threads": bench.threads,
         "cache_bytes": bench.cache_bytes,
+        "rooflines": _describe_rooflines(rooflines),
+        "trials": [_describe_trial(trial, rooflines) for trial in found.trials],
+        "failures": [asdict(failure) for failure in found.failures],
     }
 
 
-def describe_rooflines(rooflines: Rooflines) -> dict[str, Any]:
+def _describe_rooflines(rooflines: Rooflines) -> dict[str, Any]:
     """Bytes per second, by size of what is streamed again and again, and FLOPs per second."""
     return {
         "memory_bandwidth": rooflines.memory_bandwidth,
@@ -52,7 +55,7 @@ def describe_rooflines(rooflines: Rooflines) -> dict[str, Any]:
     }
 
 
-def describe_trial(trial: TimedTrial, rooflines: Rooflines) -> dict[str, Any]:
+def _describe_trial(trial: TimedTrial, rooflines: Rooflines) -> dict[str, Any]:
     """All figures of a trial; seconds, bytes and FLOPs are of one call."""
     return {
         **asdict(trial),
