@@ -151,11 +151,13 @@ void linear_more(const Group& group, const RowTiles& rows, const BFloat16* bias,
             for (int64_t i = 0; i < std::min(M_TILE, m - row); i++) store(y + (row + i) * n + block * BLOCK_N, totals[i]);
         });
     };
-    parallel_with_side_path(n / BLOCK_N, rows.x, k / Group::BLOCK_K, [&](int64_t first, int64_t last, FetchAhead& fetch) {
+    const int64_t blocks = n / BLOCK_N, pairs = (blocks + 1) / 2;
+    parallel_with_side_path(pairs, rows.x, k / Group::BLOCK_K, [&](int64_t first, int64_t last, FetchAhead& fetch) {
         const Tiles tiles;
-        int64_t block = first;
-        for (; block + 2 <= last; block += 2) multiply.template operator()<2>(block, fetch);
-        if (block < last) multiply.template operator()<1>(block, fetch);
+        for (int64_t pair = first; pair < last; pair++) {
+            if (2 * pair + 1 < blocks) multiply.template operator()<2>(2 * pair, fetch);
+            else multiply.template operator()<1>(2 * pair, fetch);
+        }
     });
 }
 
