@@ -32,7 +32,7 @@ from .adapter import (
     Vocabulary,
 )
 from .errors import InvalidTensors, StoreError
-from .tensor_file import BLOB_DTYPES, TensorFile, map_tensors
+from .tensor_file import BLOB_DTYPES, MappedFile, TensorFile, map_file, tensors_of
 
 FORMAT_VERSION = 1
 METADATA_KEY = "onebase"
@@ -81,14 +81,31 @@ def read_blob(path: Path) -> Adapter:
     Raises:
         StoreError: there is no such file, or it is not a blob of this format.
     """
+    return parse_blob(map_blob(path))
+
+
+def map_blob(path: Path) -> MappedFile:
+    """Map a blob without a look at what is in it; raises StoreError where there is none."""
     try:
-        return _parse(map_tensors(path, BLOB_DTYPES))
+        return map_file(path)
     except FileNotFoundError as error:
         raise StoreError(f"The adapter store has no blob {path.name}.") from error
+    except InvalidTensors as error:
+        raise _damaged(path, error) from error
+
+
+def parse_blob(file: MappedFile) -> Adapter:
+    """What is in a mapped blob; as `read_blob`."""
+    try:
+        return _parse(tensors_of(file, BLOB_DTYPES))
     except (InvalidTensors, LookupError, TypeError, ValueError) as error:
-        raise StoreError(
-            f"Blob {path.name} is damaged: {error} Run `onebase adapters verify --repair`, then publish again."
-        ) from error
+        raise _damaged(file.path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> StoreError:
+    return StoreError(
+        f"Blob {path.name} is damaged: {error} Run `onebase adapters verify --repair`, then publish again."
+    )
 
 
 def file_digest(path: Path) -> str:

@@ -27,6 +27,24 @@ DTYPES: dict[str, np.dtype[np.generic]] = {
 BLOB_DTYPES = DTYPES | {"I64": np.dtype(np.int64)}
 """Those of the canonical form, which also has numbers of tokens."""
 
+_HEADER_SIZE = struct.Struct("<Q")  # what a file begins with
+
+
+@dataclass(frozen=True)
+class MappedFile:
+    """A file in memory, for as long as a view of it lives."""
+
+    path: Path
+    data: mmap.mmap
+    """All of its bytes."""
+    start: int
+    """Where tensors begin in them, behind the header."""
+
+    @property
+    def header(self) -> bytes:
+        """What tells files apart that differ in more than their tensors' numbers."""
+        return self.data[: self.start]
+
 
 @dataclass(frozen=True)
 class TensorFile:
@@ -49,38 +67,55 @@ def map_tensors(path: Path, dtypes: Mapping[str, np.dtype[np.generic]] = DTYPES)
     Raises:
         InvalidTensors: it is not safetensors, it is truncated, or a tensor is of none of these dtypes.
     """
-    data, start, header = _map(path)
-    metadata = header.pop("__metadata__", None) or {}
-    return TensorFile({name: _view(data, start, name, entry, dtypes) for name, entry in header.items()}, metadata)
+    return tensors_of(map_file(path), dtypes)
 
 
 def map_tensor(path: Path, name: str) -> Array | None:
     """One tensor of a file, None if it has none of that name; raises InvalidTensors as `map_tensors` does."""
-    data, start, header = _map(path)
-    return _view(data, start, name, header[name], DTYPES) if name in header else None
+    file = map_file(path)
+    header = _checked_header(file)
+    return _view(file, name, header[name], DTYPES) if name in header else None
 
 
-def _map(path: Path) -> tuple[mmap.mmap, int, dict[str, Any]]:
-    """The file's bytes, where its tensors begin in them, and its header."""
+def map_file(path: Path) -> MappedFile:
+    """Map a file without a look at its tensors, which `tensors_of` takes.
+
+    Raises:
+        InvalidTensors: it is too short for its header.
+    """
+    size = path.stat().st_size
+    if size > _HEADER_SIZE.size:
+        with path.open("rb") as file:
+            # To be written to, of which nothing comes to the file: torch warns of memory that cannot be
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        start = _HEADER_SIZE.size + _HEADER_SIZE.unpack_from(data)[0]
+        if start <= size:
+            return MappedFile(path, data, start)
+    raise InvalidTensors(f"{path.name} is truncated or is not a safetensors file: it is too short for its header.")
+
+
+def tensors_of(file: MappedFile, dtypes: Mapping[str, np.dtype[np.generic]] = DTYPES) -> TensorFile:
+    """What is in a file; raises InvalidTensors as `map_tensors` does."""
+    header = _checked_header(file)
+    metadata = header.pop("__metadata__", None) or {}
+    return TensorFile({name: _view(file, name, entry, dtypes) for name, entry in header.items()}, metadata)
+
+
+def _checked_header(file: MappedFile) -> dict[str, Any]:
     try:
-        with safe_open(path, framework="np"):
+        with safe_open(file.path, framework="np"):
             pass  # opening checks the header, and that the tensors fill the file without gap or overlap
     except SafetensorError as error:
-        raise InvalidTensors(f"{path.name} is truncated or is not a safetensors file: {error}.") from error
-    with path.open("rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch warns of memory that cannot be written to
-    (header_size,) = struct.unpack_from("<Q", data)
-    start = 8 + header_size
-    return data, start, json.loads(data[8:start])
+        raise InvalidTensors(f"{file.path.name} is truncated or is not a safetensors file: {error}.") from error
+    header: dict[str, Any] = json.loads(file.header[_HEADER_SIZE.size :])
+    return header
 
 
-def _view(
-    data: mmap.mmap, start: int, name: str, entry: _HeaderEntry, dtypes: Mapping[str, np.dtype[np.generic]]
-) -> Array:
+def _view(file: MappedFile, name: str, entry: _HeaderEntry, dtypes: Mapping[str, np.dtype[np.generic]]) -> Array:
     dtype = dtypes.get(entry["dtype"])
     if dtype is None:
         raise InvalidTensors(
             f"Tensor {name} is {entry['dtype']}, but an adapter's tensors have to be float32, float16 or bfloat16."
         )
     begin, end = entry["data_offsets"]
-    return np.frombuffer(data, dtype, (end - begin) // dtype.itemsize, start + begin).reshape(entry["shape"])
+    return np.frombuffer(file.data, dtype, (end - begin) // dtype.itemsize, file.start + begin).reshape(entry["shape"])

@@ -14,6 +14,8 @@ from onebase_kernels.backends import BackendName, BackendUnavailable, best_backe
 from onebase_kernels.batch import (
     TABLE_COLUMNS,
     AttentionBatch,
+    FileMatrix,
+    FilePlan,
     LoraBatch,
     Matrix,
     ReplacedRows,
@@ -33,6 +35,8 @@ __all__ = [
     "BackendName",
     "BackendUnavailable",
     "BlockwiseWeight",
+    "FileMatrix",
+    "FilePlan",
     "HeadScreen",
     "Int4Weight",
     "Int8Weight",
@@ -55,6 +59,7 @@ __all__ = [
     "best_backend",
     "best_tokens",
     "choose_tokens",
+    "copy_file_matrices_",
     "copy_matrices_",
     "dense_linear",
     "dequantize",
@@ -124,6 +129,7 @@ dense_linear = _dispatched(reference.dense_linear)
 start_lora = _dispatched(reference.start_lora)
 add_lora_ = _dispatched(reference.add_lora_)
 copy_matrices_ = _dispatched(reference.copy_matrices_)
+copy_file_matrices_ = _dispatched(reference.copy_file_matrices_)
 write_kv_ = _dispatched(reference.write_kv_)
 paged_attention = _dispatched(reference.paged_attention)
 rms_norm = _dispatched(reference.rms_norm)
@@ -141,7 +147,8 @@ set_num_threads = _dispatched(reference.set_num_threads)
 
 OPS = (
     *(pack_quantized, unpack_quantized, pack_dense, pack_screen, allocate, allocate_kv, record, set_num_threads),
-    *(embed, replace_rows_, quantized_linear, dense_linear, start_lora, add_lora_, copy_matrices_),
+    *(embed, replace_rows_, quantized_linear, dense_linear, start_lora, add_lora_),
+    *(copy_matrices_, copy_file_matrices_),
     *(write_kv_, paged_attention, rms_norm, add_rms_norm_, add_, layer_norm, apply_rope_),
     *(silu_mul, gelu_mul, softcap_, head_logits, best_tokens, choose_tokens),
 )

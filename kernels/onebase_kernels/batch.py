@@ -35,6 +35,32 @@ class Matrix(NamedTuple):
     is_transposed: bool = False
 
 
+class FileMatrix(NamedTuple):
+    """The same where it lies in a file; `Matrix` says the rest."""
+
+    start: int
+    """Bytes from the file's beginning."""
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    offset: int
+    scale: float = 1.0
+    is_transposed: bool = False
+
+    def of(self, file: Tensor) -> Matrix:
+        """The matrix of a file that is given as its bytes."""
+        end = self.start + self.rows * self.columns * self.dtype.itemsize
+        source = file[self.start : end].view(self.dtype).view(self.rows, self.columns)
+        return Matrix(source, self.offset, self.scale, self.is_transposed)
+
+
+@dataclass(frozen=True, eq=False)
+class FilePlan:
+    """How all files that are alike but for their numbers are laid out; a back end may keep what it makes of a plan."""
+
+    matrices: tuple[FileMatrix, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class LoraBatch:
     """Which tokens of the step use which adapter, and where adapters lie; `add_lora_` says how they are laid out."""

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from onebase_kernels.batch import AttentionBatch, LoraBatch, Matrix, ReplacedRows, SamplingBatch, StepInputs
+from onebase_kernels.batch import (
+    AttentionBatch,
+    FilePlan,
+    LoraBatch,
+    Matrix,
+    ReplacedRows,
+    SamplingBatch,
+    StepInputs,
+)
 from onebase_kernels.quantized import (
     PackedWeights,
     QuantizedWeight,
@@ -117,6 +125,11 @@ def copy_matrices_(target: Tensor, matrices: Sequence[Matrix]) -> None:
         matrix = source.float() * scale if scale != 1 else source
         matrix = matrix.T if is_transposed else matrix
         target[offset : offset + matrix.numel()].view(matrix.shape).copy_(matrix)
+
+
+def copy_file_matrices_(target: Tensor, file: Tensor, plan: FilePlan) -> None:
+    """As `copy_matrices_`, of matrices in a file, uint8 [size] on the host, by a plan that was made once for many."""
+    copy_matrices_(target, [matrix.of(file) for matrix in plan.matrices])
 
 
 def add_adapter_(

@@ -1,21 +1,33 @@
 """An adapter's matrices are laid out in the target bit by bit as torch would, and nothing beside them is written."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import pytest
 import torch
 
 import onebase_kernels as kernels
-from onebase_kernels import Matrix
+from onebase_kernels import FileMatrix, FilePlan, Matrix
 from onebase_kernels.cpu.library import runnable_variants
 
 GAP = 3
 
 
+def in_file(matrices: Sequence[Matrix]) -> tuple[torch.Tensor, FilePlan]:
+    """The matrices one after another in a file that begins with a header of 8 bytes."""
+    parts, places = [torch.zeros(8, dtype=torch.uint8, device="cpu")], []
+    for source, offset, scale, is_transposed in matrices:
+        rows, columns = source.shape
+        places.append(FileMatrix(sum(map(len, parts)), rows, columns, source.dtype, offset, scale, is_transposed))
+        parts.append(source.flatten().view(torch.uint8))
+    return torch.cat(parts), FilePlan(tuple(places))
+
+
+@pytest.mark.parametrize("are_in_file", [False, True], ids=["", "in a file"])
 @pytest.mark.parametrize("target_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("source_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_matrices_lie_at_their_offsets_scaled_and_turned(
-    backend: str, source_dtype: torch.dtype, target_dtype: torch.dtype
+    backend: str, source_dtype: torch.dtype, target_dtype: torch.dtype, are_in_file: bool
 ) -> None:
     generator = torch.Generator("cpu").manual_seed(3)
     shapes = [(8, 64), (1, 5), (50, 3), (32, 16), (2, 17)]
@@ -30,7 +42,11 @@ def test_matrices_lie_at_their_offsets_scaled_and_turned(
         expected.append((turned.float() * scale).to(target_dtype).flatten())
         end += source.numel() + GAP
     target = torch.full((end,), torch.nan, dtype=target_dtype, device="cpu")
-    kernels.copy_matrices_(target, matrices)
+    if are_in_file:
+        file, plan = in_file(matrices)
+        kernels.copy_file_matrices_(target, file, plan)
+    else:
+        kernels.copy_matrices_(target, matrices)
     for matrix, numbers in zip(matrices, expected, strict=True):
         assert torch.equal(target[matrix.offset : matrix.offset + numbers.numel()], numbers)
         assert target[matrix.offset - GAP : matrix.offset].isnan().all()

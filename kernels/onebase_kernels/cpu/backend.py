@@ -6,13 +6,13 @@ the reference takes.
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
 from onebase_kernels import reference, sdpa_attention
-from onebase_kernels.batch import AttentionBatch, LoraBatch, Matrix, ReplacedRows, SamplingBatch, StepInputs
+from onebase_kernels.batch import AttentionBatch, FilePlan, LoraBatch, Matrix, ReplacedRows, SamplingBatch, StepInputs
 from onebase_kernels.cpu import blockwise_packing, calls, execution, head_screen, int4_packing, int8_packing, memory
 from onebase_kernels.cpu.calls import DTYPES, Step
 from onebase_kernels.cpu.execution import empty, run
@@ -27,7 +27,7 @@ _HEAD_SIZES = frozenset({16, 32, 48, 64, 80, 96, 128, 192, 256})
 _STARTED = object()
 """What `start_lora` returns: the library itself keeps what has begun."""
 _READ = {**DTYPES, torch.float16: calls.FLOAT16}
-"""What `copy_matrices_` reads."""
+"""What `copy_matrices_` and `copy_file_matrices_` read."""
 
 
 def pack_quantized(weights: Sequence[QuantizedWeight]) -> PackedWeights:
@@ -234,8 +234,33 @@ def copy_matrices_(target: Tensor, matrices: Sequence[Matrix]) -> None:
             for source, offset, scale, is_transposed in matrices
         )
     )
-    code = DTYPES[target.dtype]
-    execution.library.onebase_copy_matrices(ctypes.byref(array), len(matrices), target.data_ptr(), code)
+    _copy_matrices(target, 0, array)
+
+
+def copy_file_matrices_(target: Tensor, file: Tensor, plan: FilePlan) -> None:
+    """As `reference.copy_file_matrices_`, in one call that is worked out once for a plan."""
+    is_read = all(matrix.dtype in _READ for matrix in plan.matrices)
+    if target.dtype not in DTYPES or not _are_plain(target, file) or not is_read:
+        reference.copy_file_matrices_(target, file, plan)
+        return
+    _copy_matrices(target, file.data_ptr(), _file_matrices(plan))
+
+
+@lru_cache(maxsize=256)
+def _file_matrices(plan: FilePlan) -> "ctypes.Array[calls.Matrix]":
+    return (calls.Matrix * len(plan.matrices))(
+        *(
+            calls.Matrix(start, rows, columns, offset, scale, _READ[dtype], is_transposed)
+            for start, rows, columns, dtype, offset, scale, is_transposed in plan.matrices
+        )
+    )
+
+
+def _copy_matrices(target: Tensor, base: int, matrices: "ctypes.Array[calls.Matrix]") -> None:
+    """`base` is the address that sources are counted from."""
+    execution.library.onebase_copy_matrices(
+        ctypes.byref(matrices), len(matrices), base, target.data_ptr(), DTYPES[target.dtype]
+    )
 
 
 @cache  # a model has but a few, and programs point to them

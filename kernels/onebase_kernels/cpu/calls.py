@@ -154,7 +154,7 @@ class Matrix(ctypes.Structure):
     """copy_matrices.cpp."""
 
     _fields_ = (
-        ("source", Pointer),
+        ("source", Int),
         ("rows", Int),
         ("columns", Int),
         ("offset", Int),

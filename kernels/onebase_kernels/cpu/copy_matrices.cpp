@@ -7,7 +7,7 @@
 namespace onebase {
 
 struct Matrix {
-    const void* source;  // [rows, columns]
+    int64_t source;  // of [rows, columns] numbers: bytes from the call's base
     int64_t rows, columns;
     int64_t offset;  // in the target
     float scale;
@@ -41,8 +41,8 @@ void copy_transposed(const From* from, int64_t rows, int64_t columns, float scal
 }
 
 template <class From, class To>
-void copy(const Matrix& matrix, To* target) {
-    const From* from = static_cast<const From*>(matrix.source);
+void copy(const Matrix& matrix, int64_t base, To* target) {
+    const From* from = reinterpret_cast<const From*>(base + matrix.source);
     To* to = target + matrix.offset;
     if (matrix.is_transposed) copy_transposed(from, matrix.rows, matrix.columns, matrix.scale, to);
     else copy(from, matrix.rows * matrix.columns, matrix.scale, to);
@@ -51,16 +51,17 @@ void copy(const Matrix& matrix, To* target) {
 }  // namespace
 }  // namespace onebase
 
-// The contract of copy_matrices_ in reference.py; `dtype` is the target's.
-ONEBASE_EXPORT void onebase_copy_matrices(const onebase::Matrix* matrices, int64_t count, void* target, int32_t dtype) {
+// The contract of copy_file_matrices_ in reference.py, and of copy_matrices_, where sources are addresses: with a base of
+// 0. `dtype` is the target's.
+ONEBASE_EXPORT void onebase_copy_matrices(const onebase::Matrix* matrices, int64_t count, int64_t base, void* target,
+                                          int32_t dtype) {
     onebase::dispatch(dtype, [&]<class To>() {
+        To* numbers = static_cast<To*>(target);
         for (int64_t i = 0; i < count; i++) {
             const onebase::Matrix& matrix = matrices[i];
-            if (matrix.dtype == onebase::FLOAT16) onebase::copy<onebase::Float16>(matrix, static_cast<To*>(target));
+            if (matrix.dtype == onebase::FLOAT16) onebase::copy<onebase::Float16>(matrix, base, numbers);
             else
-                onebase::dispatch(matrix.dtype, [&]<class From>() {
-                    onebase::copy<From>(matrix, static_cast<To*>(target));
-                });
+                onebase::dispatch(matrix.dtype, [&]<class From>() { onebase::copy<From>(matrix, base, numbers); });
         }
     });
 }

@@ -61,7 +61,7 @@ def _open(variant: str) -> ctypes.CDLL:
     _declare(library, "onebase_run_program", Pointer, Int, Pointer)
     _declare(library, "onebase_best_tokens", Pointer)
     _declare(library, "onebase_choose_tokens", Pointer)
-    _declare(library, "onebase_copy_matrices", Pointer, Int, Pointer, Code)
+    _declare(library, "onebase_copy_matrices", Pointer, Int, Int, Pointer, Code)
     _declare(library, "onebase_set_threads", Int)
     library.onebase_start.restype = library.onebase_has_dense_linear.restype = Code
     return library

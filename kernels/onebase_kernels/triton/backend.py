@@ -2,13 +2,14 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from onebase_kernels import reference, sdpa_attention
 from onebase_kernels.backends import why_not
-from onebase_kernels.batch import AttentionBatch, LoraBatch, Matrix, StepInputs
+from onebase_kernels.batch import AttentionBatch, FilePlan, LoraBatch, Matrix, StepInputs
 from onebase_kernels.quantized import PackedWeights, QuantizedWeight
 from onebase_kernels.triton import attention, elementwise
 from onebase_kernels.triton import lora as side_path
@@ -75,13 +76,22 @@ def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequenc
 
 
 def copy_matrices_(target: Tensor, matrices: Sequence[Matrix]) -> None:
-    """As `reference.copy_matrices_`; it computes on the host, so by the C++ ops where these are built."""
+    """As `reference.copy_matrices_`."""
+    _on_host().copy_matrices_(target, matrices)
+
+
+def copy_file_matrices_(target: Tensor, file: Tensor, plan: FilePlan) -> None:
+    """As `reference.copy_file_matrices_`."""
+    _on_host().copy_file_matrices_(target, file, plan)
+
+
+def _on_host() -> ModuleType:
+    """The back end for what is computed on the host: the C++ ops where these are built."""
     if why_not("cpu", "cpu"):
-        reference.copy_matrices_(target, matrices)
-        return
+        return reference
     from onebase_kernels.cpu import backend as cpu  # here, for it cannot be imported where they are not built
 
-    cpu.copy_matrices_(target, matrices)
+    return cpu
 
 
 def write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> None:

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 
 import onebase_kernels as kernels
-from onebase_server.engine.adapter_reading import read_adapter
 from onebase_server.engine.blob_loader import BlobLoader
+from onebase_server.engine.blob_packing import BlobPacker
 from onebase_server.engine.extents import Extents
 from onebase_server.engine.norm_packing import PackedNorms
-from onebase_server.engine.packing import PackedAdapter, pack_adapter
+from onebase_server.engine.packing import PackedAdapter
 from onebase_server.engine.request import AdapterRef
 from onebase_server.engine.scheduler import AdapterMemoryFull, AdapterUnusable
 from onebase_server.engine.vocabulary_packing import PackedVocabulary
@@ -64,7 +64,6 @@ class AdapterPool:
         """`base` holds the base's groups by place, for adapters that are computed against its weights; `base_norms` its
         norms, for adapters that replace some."""
         self.config = config
-        self._base = base
         self._base_norms = base_norms
         self.dtype = dtype
         self.arena = kernels.allocate((budget_bytes // dtype.itemsize,), dtype, device)
@@ -92,6 +91,7 @@ class AdapterPool:
         self._resident: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
         self._retired: OrderedDict[str, None] = OrderedDict()  # the longest retired first
         self._free_slots = list(range(self.table.shape[2]))
+        self._packer = BlobPacker(config, dtype, base)
         self._loader = BlobLoader(self._load, on_loaded)
 
     def __repr__(self) -> str:
@@ -156,7 +156,7 @@ class AdapterPool:
         return self._place(adapter, packed, offset)
 
     def _load(self, adapter: AdapterRef) -> PackedAdapter:
-        packed = pack_adapter(read_adapter(adapter), self.config, self.dtype, self._base)
+        packed = self._packer.pack(adapter)
         return replace(packed, numbers=packed.numbers.pin_memory()) if self.arena.is_cuda else packed
 
     def _find_room(self, size: int) -> int:

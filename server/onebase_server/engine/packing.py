@@ -42,9 +42,28 @@ class PackedAdapter:
         return int(self.table[..., RANKS].sum(dim=-1).max())
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where an adapter's matrices are to lie, and what `PackedAdapter` has beside its numbers."""
+
+    matrices: tuple[Matrix, ...]
+    num_numbers: int
+    table: Tensor
+    vocabulary: PackedVocabulary | None
+    norms: PackedNorms | None
+
+
 def pack_adapter(
     adapter: Adapter, config: ModelConfig, dtype: torch.dtype, base: Sequence[LinearGroup]
 ) -> PackedAdapter:
+    """An adapter as `lay_out` lays it out."""
+    layout = lay_out(adapter, config, base)
+    numbers = torch.empty(layout.num_numbers, dtype=dtype)
+    kernels.copy_matrices_(numbers, layout.matrices)
+    return PackedAdapter(numbers, layout.table, layout.vocabulary, layout.norms)
+
+
+def lay_out(adapter: Adapter, config: ModelConfig, base: Sequence[LinearGroup]) -> Layout:
     """Per layer and projection group: the slices' A stacked [Σrᵢ, in], then each slice's s·B transposed [rᵢ, outᵢ],
     then gain and shift [2, outᵢ] of each slice that has an epilogue. Behind all of them lie vocabulary and norms.
 
@@ -74,9 +93,8 @@ def pack_adapter(
         norms = pack_norms(adapter.norms, config, writer) if adapter.norms else None
         end = adapter.num_parameters
     assert end == adapter.num_parameters, "all that the adapter has belongs to one of the base's projections"
-    numbers = torch.empty(end, dtype=dtype)
-    kernels.copy_matrices_(numbers, matrices)
-    return PackedAdapter(numbers, torch.tensor(rows).view(config.num_layers, -1, TABLE_COLUMNS), vocabulary, norms)
+    table = torch.tensor(rows).view(config.num_layers, -1, TABLE_COLUMNS)
+    return Layout(tuple(matrices), end, table, vocabulary, norms)
 
 
 def _matrices(pairs: Sequence[LowRankPair | None]) -> Iterator[tuple[Tensor, float, bool]]:

@@ -70,8 +70,8 @@ def test_every_op_is_timed_and_written(bench_kernels: Callable[..., Result], wor
     assert result.exit_code == 0, result.output
     (file,) = (tmp_path / "results").glob("*-kernels.json")
     written = json.loads(file.read_text())
-    loading = {"allocate", "allocate_kv", "copy_matrices_", "pack_dense", "pack_quantized"}
-    loading |= {"pack_screen", "unpack_quantized"}
+    loading = {"allocate", "allocate_kv", "copy_matrices_", "copy_file_matrices_"}
+    loading |= {"pack_dense", "pack_quantized", "pack_screen", "unpack_quantized"}
     not_timed = loading | {"record", "replace_rows_", "set_num_threads", "start_lora"}
     assert {trial["op"] for trial in written["trials"]} == {op.__name__ for op in kernels.OPS} - not_timed | {
         "adapted_linear"  # with start_lora

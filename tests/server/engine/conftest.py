@@ -1,4 +1,4 @@
-"""A tiny base's configuration, and random adapters for it."""
+"""A tiny base's configuration, and random weights and adapters for it."""
 
 import zlib
 from collections.abc import Callable
@@ -7,11 +7,13 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
 from onebase_adapters.adapter import Adapter, LowRankPair, ModuleKey
 from onebase_adapters.blobs import write_blob
 from onebase_server.engine.request import AdapterRef
 from onebase_server.model.config import ModelConfig
+from onebase_server.model.linear import Linear, LinearGroup
 
 TINY = {
     "model_type": "llama",
@@ -54,6 +56,26 @@ def random_adapter(
             for projection, rank in ranks.items()
         }
     )
+
+
+def dense_base(config: ModelConfig, *, has_bias: bool) -> list[LinearGroup]:
+    """Random unquantised groups of all layers."""
+    generator = torch.Generator().manual_seed(4)
+    places = [group for _ in range(config.num_layers) for group in config.projection_groups]
+    return [
+        LinearGroup.build(
+            [
+                Linear(
+                    torch.randn(width, group.in_features, generator=generator),
+                    torch.randn(width, generator=generator) if has_bias else None,
+                )
+                for width in group.widths
+            ],
+            group.widths,
+            place,
+        )
+        for place, group in enumerate(places)
+    ]
 
 
 BlobWriter = Callable[[str, dict[str, int]], AdapterRef]

@@ -13,9 +13,8 @@ from onebase_adapters.adapter import Adapter, Epilogue, LowRankPair, ModuleKey
 from onebase_kernels import LoraBatch, Segment
 from onebase_server.engine.packing import pack_adapter
 from onebase_server.model.config import ModelConfig
-from onebase_server.model.linear import Linear, LinearGroup
 
-from .conftest import TINY, random_adapter
+from .conftest import TINY, dense_base, random_adapter
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -103,23 +102,3 @@ def formula(x: Tensor, weight: Tensor, bias: Tensor, pair: LowRankPair | None, e
         weight = weight + pair.scale * torch.from_numpy(pair.lora_b @ pair.lora_a)
     ratio = given["magnitude"] / weight.norm(dim=1) if "magnitude" in given else 1
     return given.get("factor", 1) * (ratio * (x @ weight.T) + given.get("bias", bias) + given.get("shift", 0))
-
-
-def dense_base(config: ModelConfig, *, has_bias: bool) -> list[LinearGroup]:
-    """Random unquantised groups of all layers."""
-    generator = torch.Generator().manual_seed(4)
-    places = [group for _ in range(config.num_layers) for group in config.projection_groups]
-    return [
-        LinearGroup.build(
-            [
-                Linear(
-                    torch.randn(width, group.in_features, generator=generator),
-                    torch.randn(width, generator=generator) if has_bias else None,
-                )
-                for width in group.widths
-            ],
-            group.widths,
-            place,
-        )
-        for place, group in enumerate(places)
-    ]
