@@ -98,13 +98,20 @@ def test_rope_in_bfloat16_rounds_once(backend: str) -> None:
 
 def test_silu_mul_gates_the_upper_half(backend: str) -> None:
     gate_up = 8 * torch.randn(4, 100)
-    gate_up[0, :2] = torch.tensor([-200.0, 200.0])  # where e^x leaves the range of fp32
     torch.testing.assert_close(kernels.silu_mul(gate_up), F.silu(gate_up[:, :50]) * gate_up[:, 50:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_silu_mul_is_right_where_e_to_the_x_leaves_the_range_of_fp32(backend: str, dtype: torch.dtype) -> None:
+    gate = torch.cat([torch.arange(-300, 300, 0.25), torch.tensor([-1e9, 1e9])]).to(dtype).unsqueeze(0)
+    torch.testing.assert_close(kernels.silu_mul(torch.cat([gate, torch.ones_like(gate)], dim=1)), F.silu(gate))
 
 
 def test_gelu_mul_gates_the_upper_half(backend: str) -> None:
     gate_up = 3 * torch.randn(4, 100)
-    gate_up[0, :4] = torch.tensor([-200.0, 200.0, -1e4, 0.0])  # where e^-2u leaves the range of fp32
+    gate_up[0, :40] = torch.tensor(
+        [*range(-20, 10), -200, 200, -1e4, 1e4, -1e9, 1e9, *[0] * 4]
+    )  # where e^-2u leaves fp32
     expected = F.gelu(gate_up[:, :50], approximate="tanh") * gate_up[:, 50:]
     torch.testing.assert_close(kernels.gelu_mul(gate_up), expected, rtol=1e-5, atol=2e-6)
     rounded = gate_up.bfloat16()

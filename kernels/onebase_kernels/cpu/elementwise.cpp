@@ -97,7 +97,7 @@ void rotate(T* head, const float* cos, const float* sin, int64_t half) {
 struct Silu {
     template <class N>
     N operator()(N x) const {
-        return x / (exp(-x) + 1.0f);
+        return x * reciprocal(exp(-x) + 1.0f);
     }
 };
 
@@ -105,8 +105,7 @@ struct Silu {
 struct GeluTanh {
     template <class N>
     N operator()(N x) const {
-        const N exponent = x * (x * x * -0.0713548163f - 1.5957691216f), most = N{} + 80.0f;  // e^80 gives 0 all the same
-        return x / (exp(exponent < most ? exponent : most) + 1.0f);
+        return x * reciprocal(exp(x * (x * x * -0.0713548163f - 1.5957691216f)) + 1.0f);
     }
 };
 

@@ -76,6 +76,20 @@ inline void store(BFloat16* to, F32x16 v) {
     std::memcpy(to, &bits, sizeof bits);
 }
 
+// 32 numbers: a whole line of bfloat16.
+inline void store_two(float* to, F32x16 first, F32x16 second) {
+    store(to, first);
+    store(to + LANES, second);
+}
+inline void store_two(BFloat16* to, F32x16 first, F32x16 second) {
+#if defined(__AVX512BF16__)
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+#else
+    store(to, first);
+    store(to + LANES, second);
+#endif
+}
+
 // Single numbers, for what is left of a row after its last sixteen.
 inline float load_one(const float* from) { return *from; }
 inline float load_one(const BFloat16* from) {
@@ -130,6 +144,18 @@ inline F32x16 sums(const F32x16 (&vectors)[16]) {
 }
 
 inline F32x16 max(F32x16 a, F32x16 b) { return a > b ? a : b; }
+inline F32x16 min(F32x16 a, F32x16 b) { return a < b ? a : b; }
+
+// 1 / x, but for the last bit.
+inline F32x16 reciprocal(F32x16 x) {
+#if defined(__AVX512F__)
+    const F32x16 estimate = (F32x16)_mm512_rcp14_ps((__m512)x);  // division takes as long as a dozen products
+    return estimate * (2.0f - x * estimate);
+#else
+    return 1.0f / x;
+#endif
+}
+inline float reciprocal(float x) { return 1.0f / x; }
 
 // table[index mod 16], lane by lane.
 inline F32x16 lookup(F32x16 table, U32x16 index) {
@@ -169,12 +195,12 @@ inline F32x16 gather(const float* table, I32x16 index) {
 #endif
 }
 
-// e^x to about 2 units in the last place, for x in [-87, 88]; below that 0 (Cephes' polynomial).
+// e^x to about 2 units in the last place (Cephes' polynomial); below -87 it is 0, above 88 e^88.
 inline F32x16 exp(F32x16 x) {
-    const F32x16 clamped = max(x, broadcast(-87.0f));
-    const F32x16 scaled = clamped * 1.44269504088896341f;
-    const I32x16 n = __builtin_convertvector(scaled + (scaled < 0 ? broadcast(-0.5f) : broadcast(0.5f)), I32x16);
-    const F32x16 whole = __builtin_convertvector(n, F32x16);
+    constexpr float TO_INTEGER = 3 << 22;  // added to a small number, it leaves the nearest integer in the lowest bits
+    const F32x16 clamped = min(max(x, broadcast(-87.0f)), broadcast(88.0f));
+    const F32x16 shifted = clamped * 1.44269504088896341f + TO_INTEGER;
+    const F32x16 whole = shifted - TO_INTEGER;
     const F32x16 r = clamped - whole * 0.693359375f - whole * -2.12194440e-4f;
     F32x16 p = broadcast(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
@@ -183,8 +209,8 @@ inline F32x16 exp(F32x16 x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    const F32x16 power = (F32x16)((n + 127) << 23);
-    return x < -87.0f ? F32x16{} : p * power;
+    const F32x16 result = (F32x16)((I32x16)p + ((I32x16)shifted << 23));  // times 2 to the power of that integer
+    return x < -87.0f ? F32x16{} : result;
 }
 inline float exp(float x) { return __builtin_expf(x); }
 
