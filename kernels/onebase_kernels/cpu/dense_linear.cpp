@@ -3,6 +3,9 @@
 #include <algorithm>
 
 #include "dense_block.h"
+#if defined(__AMX_BF16__)
+#include "linear_many.h"
+#endif
 #include "side_path.h"
 #include "simd.h"
 #include "step.h"
@@ -18,12 +21,32 @@ struct DenseLinear {
     int32_t y_dtype;
 };
 
+#if defined(__AMX_BF16__)
+constexpr int64_t FEW_ROWS = 16;  // up to so many, activations are put into order, above that weights
+
+// What linear_many.h asks of weights.
+struct DenseGroup {
+    const BFloat16* weight;
+    int64_t num_outputs, num_inputs;
+};
+
+inline void decode_block(const DenseGroup& group, int64_t block, BFloat16* to) {
+    const BFloat16* from = group.weight + block * BLOCK * group.num_inputs;
+    for (int64_t input = 0; input < group.num_inputs; input += DEPTH) {
+        __m512i rows[BLOCK];
+        for (int64_t row = 0; row < BLOCK; row++) rows[row] = _mm512_loadu_si512(from + row * group.num_inputs + input);
+        transpose(rows);
+        std::memcpy(to + input * BLOCK, rows, sizeof rows);
+    }
+}
+#endif
+
 namespace {
 
 #if defined(__AVX512BF16__)
 
 template <class T>
-void linear(const DenseLinear& call, int64_t m, T* y) {
+void linear_of_few(const DenseLinear& call, int64_t m, T* y) {
     const int64_t n = call.num_outputs, k = call.num_inputs;
     const auto x_tiles = transpose_pairs(call.x, m, k);
     parallel_with_side_path(n / BLOCK, call.x, 1, [&](int64_t first, int64_t last, FetchAhead& fetch) {
@@ -47,6 +70,17 @@ void linear(const DenseLinear& call, int64_t m, T* y) {
             }
         }
     });
+}
+
+template <class T>
+void linear(const DenseLinear& call, int64_t m, T* y) {
+#if defined(__AMX_BF16__)
+    if (m > FEW_ROWS) {
+        const DenseGroup group{call.weight, call.num_outputs, call.num_inputs};
+        return linear_many(group, RowTiles(call.x, m, call.num_inputs), call.bias, y);
+    }
+#endif
+    linear_of_few(call, m, y);
 }
 
 #endif

@@ -3,14 +3,10 @@
 
 #include <algorithm>
 
-#include "amx.h"
+#include "linear_many.h"
 #include "linear_pairs.h"
 
 namespace onebase {
-
-constexpr int64_t M_TILE = 16;   // rows of x of a tile
-constexpr int64_t K_TILE = 32;   // inputs of a tile
-constexpr int64_t C_TILE = M_TILE * BLOCK_N;
 
 // A tile of codes as one or two right-hand tiles: [2][16 pairs of inputs][16 outputs][2].
 template <class Group>
@@ -70,30 +66,6 @@ void multiply_some(const Group& group, int64_t block, const BFloat16* x, int64_t
 
 constexpr int64_t MAX_ROW_TILES = 6;  // whose sums the first cache holds
 
-// The sums of one or two tiles of rows times one or two blocks of outputs, of BLOCK_K inputs, in AMX's registers 0 to 3.
-template <int64_t BLOCK_K, int ROW_TILES, int BLOCKS>
-[[gnu::always_inline]] inline void multiply_tile(const BFloat16* first, const BFloat16* second, int64_t k,
-                                                 const BFloat16 (*weights)[BLOCK_K * BLOCK_N]) {
-    _tile_zero(0);
-    if constexpr (BLOCKS > 1) _tile_zero(1);
-    if constexpr (ROW_TILES > 1) _tile_zero(2);
-    if constexpr (ROW_TILES > 1 && BLOCKS > 1) _tile_zero(3);
-    for (int64_t input = 0; input < BLOCK_K; input += K_TILE) {
-        _tile_loadd(4, first + input, 2 * k);
-        _tile_loadd(6, weights[0] + input * BLOCK_N, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        if constexpr (BLOCKS > 1) {
-            _tile_loadd(7, weights[1] + input * BLOCK_N, 64);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-        if constexpr (ROW_TILES > 1) {
-            _tile_loadd(5, second + input, 2 * k);
-            _tile_dpbf16ps(2, 5, 6);
-        }
-        if constexpr (ROW_TILES > 1 && BLOCKS > 1) _tile_dpbf16ps(3, 5, 7);
-    }
-}
-
 // Up to MAX_ROW_TILES tiles of rows times one or two blocks of outputs. As in multiply_some, decoding runs ahead of the
 // products and scaling behind them.
 template <class Group, int BLOCKS>
@@ -114,19 +86,11 @@ public:
         const int64_t tiles = k_ / BLOCK_K;
         decode(0);
         for (int64_t tile = 0; tile < tiles; tile++) {
-            for (int64_t row_tile = 0; row_tile < row_tiles_; row_tile += 2, turn_++) {
-                const BFloat16 *first = x_[row_tile] + tile * BLOCK_K, *second = x_[row_tile + 1] + tile * BLOCK_K;
-                const int count = row_tile + 1 < row_tiles_ ? 2 : 1;
-                if (row_tile == 0) {
-                    fetch();
-                    if (tile + 1 < tiles) decode(tile + 1);
-                }
-                if (count == 2) multiply_tile<BLOCK_K, 2, BLOCKS>(first, second, k_, weights_[tile % 2]);
-                else multiply_tile<BLOCK_K, 1, BLOCKS>(first, second, k_, weights_[tile % 2]);
-                if (turn_) add_products();
-                if (row_tile == 0)
-                    for (int block = 0; block < BLOCKS; block++) scale_[block] = scales_[block](tile);
-                keep_products(row_tile, count);
+            fetch();
+            if (tile + 1 < tiles) decode(tile + 1);
+            for (int64_t row_tile = 0; row_tile < row_tiles_; row_tile += 2) {
+                if (row_tile + 1 < row_tiles_) multiply<2>(tile, row_tile);
+                else multiply<1>(tile, row_tile);
             }
         }
         add_products();
@@ -142,17 +106,22 @@ private:
             decode_tile<Group>(codebook_, codes_[block] + tile * TILE_BYTES<Group>, weights_[tile % 2][block]);
     }
 
-    // What AMX has computed goes to memory, to be scaled after the next products.
-    void keep_products(int64_t row_tile, int count) {
-        auto& products = products_[turn_ % 2];
-        _tile_stored(0, products[0][0], 64);
-        if constexpr (BLOCKS > 1) _tile_stored(1, products[0][1], 64);
-        if (count > 1) {
-            _tile_stored(2, products[1][0], 64);
-            if constexpr (BLOCKS > 1) _tile_stored(3, products[1][1], 64);
+    // A tile of weights times one tile of rows or two; the products before these are added up meanwhile.
+    template <int ROW_TILES>
+    [[gnu::always_inline]] void multiply(int64_t tile, int64_t row_tile) {
+        using Sums = TileSums<ROW_TILES, BLOCKS>;
+        const auto& weights = weights_[tile % 2];
+        Sums::zero();
+        for (int64_t input = 0; input < BLOCK_K; input += K_TILE) {
+            const int64_t at = tile * BLOCK_K + input, weight = input * BLOCK_N;
+            Sums::add({x_[row_tile] + at, x_[row_tile + 1] + at}, k_, {weights[0] + weight, weights[BLOCKS - 1] + weight});
         }
+        if (turn_) add_products();
+        if (row_tile == 0)
+            for (int block = 0; block < BLOCKS; block++) scale_[block] = scales_[block](tile);
+        Sums::store(products_[turn_++ % 2]);
         kept_row_tile_ = row_tile;
-        kept_count_ = count;
+        kept_count_ = ROW_TILES;
     }
 
     void add_products() {
@@ -180,9 +149,7 @@ private:
     F32x16 totals_[MAX_ROW_TILES][BLOCKS][M_TILE];
 };
 
-// ---- many rows: weights are decoded and scaled once for all of them, and all sums stay in AMX's registers -------------
-
-constexpr int64_t DECODED_BYTES = 512 << 10;  // of weights at a time, for the second cache
+// ---- many rows, for which weights are decoded and scaled once --------------------------------------------------------
 
 // 32 inputs as a right-hand tile of weights; `decoder` makes these of what codes stand for.
 template <class Decoder>
@@ -217,80 +184,6 @@ void decode_block(const Group& group, int64_t block, BFloat16* to) {
             codes += K_TILE / ROW_INPUTS * ROW_BYTES;
         }
     }
-}
-
-// Products of up to 32 rows and two blocks of outputs, on their way to y.
-template <class Y>
-struct Products {
-    alignas(64) float sums[2][2][C_TILE];  // of each tile of rows and each block
-    int64_t rows = 0, blocks = 0;
-    const BFloat16* bias;  // at the first output, or null
-    Y* y;                  // at the first row and output
-
-    void finish(int64_t y_stride) const {
-        for (int64_t block = 0; block < blocks; block++) {
-            const F32x16 start = load_bias(bias, block);
-            for (int64_t row = 0; row < rows; row++)
-                store(y + row * y_stride + block * BLOCK_N,
-                      load(sums[row / M_TILE][block] + row % M_TILE * BLOCK_N) + start);
-        }
-    }
-};
-
-// One tile of rows or two, times one block or two; AMX's operands are constants, hence the spelled out cases. `previous`
-// is finished meanwhile, for what AMX stores can be loaded only long after.
-template <int ROW_TILES, int BLOCKS, class Y>
-void multiply_tiles(const BFloat16* x, int64_t k, const BFloat16* weights, Products<Y>& products,
-                    const Products<Y>& previous, int64_t y_stride) {
-    const BFloat16* second = weights + k * BLOCK_N;
-    _tile_zero(0);
-    if constexpr (BLOCKS > 1) _tile_zero(1);
-    if constexpr (ROW_TILES > 1) _tile_zero(2);
-    if constexpr (ROW_TILES > 1 && BLOCKS > 1) _tile_zero(3);
-    for (int64_t input = 0; input < k; input += K_TILE) {
-        _tile_loadd(4, x + input, 2 * k);
-        _tile_loadd(6, weights + input * BLOCK_N, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        if constexpr (BLOCKS > 1) {
-            _tile_loadd(7, second + input * BLOCK_N, 64);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-        if constexpr (ROW_TILES > 1) {
-            _tile_loadd(5, x + M_TILE * k + input, 2 * k);
-            _tile_dpbf16ps(2, 5, 6);
-        }
-        if constexpr (ROW_TILES > 1 && BLOCKS > 1) _tile_dpbf16ps(3, 5, 7);
-    }
-    previous.finish(y_stride);
-    _tile_stored(0, products.sums[0][0], 64);
-    if constexpr (BLOCKS > 1) _tile_stored(1, products.sums[0][1], 64);
-    if constexpr (ROW_TILES > 1) _tile_stored(2, products.sums[1][0], 64);
-    if constexpr (ROW_TILES > 1 && BLOCKS > 1) _tile_stored(3, products.sums[1][1], 64);
-}
-
-// y[m rows, outputs of some blocks] of x, readable in whole tiles of rows, and weights from decode_block; all pointers at
-// the first row and output.
-template <class Y>
-void multiply_many(const BFloat16* x, int64_t m, int64_t k, const BFloat16* weights, int64_t num_blocks,
-                   const BFloat16* bias, Y* y, int64_t y_stride) {
-    Products<Y> both[2];
-    int64_t turn = 0;
-    for (int64_t row = 0; row < m; row += 2 * M_TILE)
-        for (int64_t block = 0; block < num_blocks; block += 2, turn++) {
-            Products<Y>&now = both[turn % 2], &previous = both[(turn + 1) % 2];
-            now.rows = std::min(2 * M_TILE, m - row);
-            now.blocks = std::min<int64_t>(2, num_blocks - block);
-            now.bias = bias ? bias + block * BLOCK_N : nullptr;
-            now.y = y + row * y_stride + block * BLOCK_N;
-            const auto multiply = [&]<int ROW_TILES, int BLOCKS>() {
-                multiply_tiles<ROW_TILES, BLOCKS>(x + row * k, k, weights + block * BLOCK_N * k, now, previous, y_stride);
-            };
-            if (now.rows > M_TILE && now.blocks == 2) multiply.template operator()<2, 2>();
-            else if (now.rows > M_TILE) multiply.template operator()<2, 1>();
-            else if (now.blocks == 2) multiply.template operator()<1, 2>();
-            else multiply.template operator()<1, 1>();
-        }
-    both[(turn + 1) % 2].finish(y_stride);
 }
 
 }  // namespace onebase

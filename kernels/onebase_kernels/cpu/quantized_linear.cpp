@@ -108,18 +108,6 @@ constexpr int64_t SOME = 16;  // up to so many, sums stay in registers
 constexpr int64_t MORE = 96;  // up to so many, scaling products is faster than scaling weights
 static_assert(MORE <= MAX_ROW_TILES * M_TILE);
 
-// The rows of x as AMX reads them, 16 at a time: those of whole tiles where they are, the others in a copy.
-struct RowTiles {
-    RowTiles(const BFloat16* x, int64_t m, int64_t k) : x(x), whole(m / M_TILE * M_TILE), rest(m - whole) {
-        if (!rest) return;
-        last.resize(M_TILE * k);
-        std::memcpy(last.data(), x + whole * k, rest * k * sizeof(BFloat16));
-    }
-    const BFloat16* x;
-    int64_t whole, rest;
-    AlignedVector<BFloat16> last;
-};
-
 template <class Group, class Y>
 void linear_some(const Group& group, const RowTiles& rows, const BFloat16* bias, Y* y) {
     const int64_t k = group.num_inputs, n = group.num_outputs, m = rows.whole + rows.rest;
@@ -141,15 +129,15 @@ void linear_more(const Group& group, const RowTiles& rows, const BFloat16* bias,
     if (rows.rest) x[row_tiles++] = rows.last.data();
     const auto multiply = [&]<int BLOCKS>(int64_t block, FetchAhead& fetch) {
         TileProducts<Group, BLOCKS> products(group, block, x, row_tiles);
-        const auto each = [&](auto body) {
-            for (int64_t tile = 0; tile < row_tiles; tile++)
-                for (int i = 0; i < BLOCKS; i++) body(tile * M_TILE, block + i, products.totals(tile, i));
-        };
-        each([&](int64_t row, int64_t block, auto& totals) { starts.set(totals, block, row); });
+        for (int64_t tile = 0; tile < row_tiles; tile++)
+            for (int i = 0; i < BLOCKS; i++) starts.set(products.totals(tile, i), block + i, tile * M_TILE);
         products.run(fetch);
-        each([&](int64_t row, int64_t block, const auto& totals) {
-            for (int64_t i = 0; i < std::min(M_TILE, m - row); i++) store(y + (row + i) * n + block * BLOCK_N, totals[i]);
-        });
+        for (int64_t row = 0; row < m; row++) {
+            const auto total = [&](int i) { return products.totals(row / M_TILE, i)[row % M_TILE]; };
+            Y* to = y + row * n + block * BLOCK_N;
+            if constexpr (BLOCKS == 2) store_two(to, total(0), total(1));
+            else store(to, total(0));
+        }
     };
     const int64_t blocks = n / BLOCK_N, pairs = (blocks + 1) / 2;
     parallel_with_side_path(pairs, rows.x, k / Group::BLOCK_K, [&](int64_t first, int64_t last, FetchAhead& fetch) {
@@ -157,30 +145,6 @@ void linear_more(const Group& group, const RowTiles& rows, const BFloat16* bias,
         for (int64_t pair = first; pair < last; pair++) {
             if (2 * pair + 1 < blocks) multiply.template operator()<2>(2 * pair, fetch);
             else multiply.template operator()<1>(2 * pair, fetch);
-        }
-    });
-}
-
-template <class Group, class Y>
-void linear_many(const Group& group, const RowTiles& rows, const BFloat16* bias, Y* y) {
-    const int64_t k = group.num_inputs, n = group.num_outputs;
-    const int64_t at_once = std::max<int64_t>(DECODED_BYTES / (BLOCK_N * k * sizeof(BFloat16)), 1);
-    parallel_with_side_path(n / BLOCK_N, rows.x, 1, [&](int64_t first, int64_t last, FetchAhead& fetch) {
-        const Tiles tiles;
-        thread_local AlignedVector<BFloat16> weights;
-        for (int64_t block = first; block < last; block += at_once) {
-            const int64_t blocks = std::min(at_once, last - block), output = block * BLOCK_N;
-            weights.resize(blocks * BLOCK_N * k);
-            for (int64_t i = 0; i < blocks; i++) {
-                fetch();
-                decode_block(group, block + i, weights.data() + i * BLOCK_N * k);
-            }
-            const auto multiply = [&](const BFloat16* inputs, int64_t count, int64_t row) {
-                multiply_many(inputs, count, k, weights.data(), blocks, bias ? bias + output : nullptr,
-                              y + row * n + output, n);
-            };
-            multiply(rows.x, rows.whole, 0);
-            multiply(rows.last.data(), rows.rest, rows.whole);
         }
     });
 }
