@@ -31,13 +31,7 @@ struct DenseGroup {
 };
 
 inline void decode_block(const DenseGroup& group, int64_t block, BFloat16* to) {
-    const BFloat16* from = group.weight + block * BLOCK * group.num_inputs;
-    for (int64_t input = 0; input < group.num_inputs; input += DEPTH) {
-        __m512i rows[BLOCK];
-        for (int64_t row = 0; row < BLOCK; row++) rows[row] = _mm512_loadu_si512(from + row * group.num_inputs + input);
-        transpose(rows);
-        std::memcpy(to + input * BLOCK, rows, sizeof rows);
-    }
+    order_tiles(group.weight + block * BLOCK_N * group.num_inputs, BLOCK_N, group.num_inputs, to);
 }
 #endif
 

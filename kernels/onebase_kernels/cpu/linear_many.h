@@ -30,6 +30,17 @@ struct RowTiles {
     AlignedVector<BFloat16> last;
 };
 
+// Up to 16 rows of a matrix [rows, k] as right-hand tiles, one for every 32 numbers of a row; rows that are lacking are zero.
+inline void order_tiles(const BFloat16* matrix, int64_t rows, int64_t k, BFloat16* to) {
+    for (int64_t i = 0; i < k; i += K_TILE) {
+        __m512i tile[BLOCK_N];
+        for (int64_t row = 0; row < BLOCK_N; row++)
+            tile[row] = row < rows ? _mm512_loadu_si512(matrix + row * k + i) : _mm512_setzero_si512();
+        transpose(tile);
+        std::memcpy(to + i * BLOCK_N, tile, sizeof tile);
+    }
+}
+
 // The sums of one or two tiles of rows times one or two blocks of outputs, in AMX's registers 0 to 3; its operands are
 // constants, hence the spelled out cases.
 template <int ROW_TILES, int BLOCKS>
@@ -108,7 +119,7 @@ void multiply_tiles(const BFloat16* x, int64_t k, const BFloat16* weights, Produ
     Sums::store(products.sums);
 }
 
-// y[m rows, outputs of some blocks] of x, readable in whole tiles of rows, and weights from decode_block; all pointers at
+// y[m rows, outputs of some blocks] of x, readable in whole tiles of rows, and right-hand tiles of weights; all pointers at
 // the first row and output.
 template <class Y>
 void multiply_many(const BFloat16* x, int64_t m, int64_t k, const BFloat16* weights, int64_t num_blocks,
@@ -133,6 +144,13 @@ void multiply_many(const BFloat16* x, int64_t m, int64_t k, const BFloat16* weig
     both[(turn + 1) % 2].finish(0, 2 * M_TILE, y_stride);
 }
 
+template <class Y>
+void multiply_many(const RowTiles& rows, int64_t k, const BFloat16* weights, int64_t num_blocks, const BFloat16* bias, Y* y,
+                   int64_t y_stride) {
+    multiply_many(rows.x, rows.whole, k, weights, num_blocks, bias, y, y_stride);
+    multiply_many(rows.last.data(), rows.rest, k, weights, num_blocks, bias, y + rows.whole * y_stride, y_stride);
+}
+
 // y = x · weightᵀ + bias. `decode_block(group, block, to)` makes a block of 16 outputs right-hand tiles, one for every 32
 // inputs.
 template <class Group, class Y>
@@ -151,12 +169,7 @@ void linear_many(const Group& group, const RowTiles& rows, const BFloat16* bias,
                 fetch();
                 decode_block(group, block + i, weights.data() + i * BLOCK_N * k);
             }
-            const auto multiply = [&](const BFloat16* inputs, int64_t count, int64_t row) {
-                multiply_many(inputs, count, k, weights.data(), blocks, bias ? bias + output : nullptr,
-                              y + row * n + output, n);
-            };
-            multiply(rows.x, rows.whole, 0);
-            multiply(rows.last.data(), rows.rest, rows.whole);
+            multiply_many(rows, k, weights.data(), blocks, bias ? bias + output : nullptr, y + output, n);
         }
     });
 }
