@@ -9,6 +9,8 @@ JSON with sorted keys, so that the same adapter always gives the same bytes. It 
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -86,26 +88,26 @@ def read_blob(path: Path) -> Adapter:
 
 def map_blob(path: Path) -> MappedFile:
     """Map a blob without a look at what is in it; raises StoreError where there is none."""
-    try:
+    with _store_errors(path):
         return map_file(path)
-    except FileNotFoundError as error:
-        raise StoreError(f"The adapter store has no blob {path.name}.") from error
-    except InvalidTensors as error:
-        raise _damaged(path, error) from error
 
 
 def parse_blob(file: MappedFile) -> Adapter:
     """What is in a mapped blob; as `read_blob`."""
-    try:
+    with _store_errors(file.path):
         return _parse(tensors_of(file, BLOB_DTYPES))
+
+
+@contextmanager
+def _store_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StoreError(f"The adapter store has no blob {path.name}.") from error
     except (InvalidTensors, LookupError, TypeError, ValueError) as error:
-        raise _damaged(file.path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> StoreError:
-    return StoreError(
-        f"Blob {path.name} is damaged: {error} Run `onebase adapters verify --repair`, then publish again."
-    )
+        raise StoreError(
+            f"Blob {path.name} is damaged: {error} Run `onebase adapters verify --repair`, then publish again."
+        ) from error
 
 
 def file_digest(path: Path) -> str:

@@ -5,6 +5,7 @@ The safetensors library checks the file; its numpy reader, however, copies every
 
 import json
 import mmap
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -83,14 +84,13 @@ def map_file(path: Path) -> MappedFile:
     Raises:
         InvalidTensors: it is too short for its header.
     """
-    size = path.stat().st_size
-    if size > _HEADER_SIZE.size:
-        with path.open("rb") as file:
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size > _HEADER_SIZE.size:
             # To be written to, of which nothing comes to the file: torch warns of memory that cannot be
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        start = _HEADER_SIZE.size + _HEADER_SIZE.unpack_from(data)[0]
-        if start <= size:
-            return MappedFile(path, data, start)
+            start = _HEADER_SIZE.size + _HEADER_SIZE.unpack_from(data)[0]
+            if start <= len(data):
+                return MappedFile(path, data, start)
     raise InvalidTensors(f"{path.name} is truncated or is not a safetensors file: it is too short for its header.")
 
 

@@ -172,11 +172,13 @@ def _configure_logging(level: str) -> None:
 
 
 def _describe_weights(report: WeightReport) -> str:
-    """`106 MiB: linears 51 (4.127 bits a parameter), embedding and head 54, norms and biases 0`."""
+    """`134 MiB: linears 52 (4.127 bits a parameter), embedding and head 54, its screen 28, norms and biases 0`."""
+    parts = (report.linear_bytes, report.embedding_bytes, report.screen_bytes, report.other_bytes, report.total_bytes)
+    linears, head, screen, others, total = (f"{size / 2**20:,.0f}" for size in parts)
+    its_screen = f", its screen {screen}" if report.screen_bytes else ""
     return (
-        f"{report.total_bytes / 2**20:,.0f} MiB: linears {report.linear_bytes / 2**20:,.0f} "
-        f"({report.bits_per_parameter:.3f} bits a parameter), embedding and head "
-        f"{report.embedding_bytes / 2**20:,.0f}, norms and biases {report.other_bytes / 2**20:,.0f}"
+        f"{total} MiB: linears {linears} ({report.bits_per_parameter:.3f} bits a parameter), "
+        f"embedding and head {head}{its_screen}, norms and biases {others}"
     )
 
 

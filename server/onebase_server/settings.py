@@ -42,7 +42,9 @@ class EngineSettings(BaseModel):
     )
     quantize_head: bool = Field(False, description="Keep the output head in NF4 too: less to read, coarser logits.")
     screen_head: bool = Field(
-        True, description="Find greedy tokens by an 8-bit copy of the output head: the same ones, half the reading."
+        True,
+        description="Find greedy tokens by an 8-bit copy of the output head, on CPUs with products of bfloat16: the "
+        "same ones, half the reading.",
     )
     dtype: Literal["bfloat16", "float32", "float16"] = Field("bfloat16", description="Compute and KV dtype.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute.")

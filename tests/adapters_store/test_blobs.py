@@ -137,5 +137,12 @@ def test_a_blob_that_is_missing_or_cut_short_is_refused(adapter, tmp_path):
         read_blob(tmp_path / "blob")
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff" * 8 + b"{}", bytes(16)], ids=["empty", "long header", "no header"])
+def test_a_file_without_a_header_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(content)
+    with pytest.raises(StoreError, match="truncated or is not a safetensors file"):
+        read_blob(tmp_path / "blob")
+
+
 def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])

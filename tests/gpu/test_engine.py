@@ -82,23 +82,25 @@ def answers(base: Path, adapters: Sequence[AdapterRef | None], **where: str) -> 
             "adapter_memory": 1 << 20,
         }
     )
-    use_kernels(settings.kernels, resolve_device(settings.device))
-    engine = Engine(load_decoder(base, settings), settings)
-    engine.warm_up()
-    sampling = SamplingParams(max_tokens=12, temperature=0.0, logprobs=3)
-    for i, adapter in enumerate([*adapters, *adapters]):
-        prompt = tuple((7 * i + 3 * j) % VOCAB for j in range(5 + 23 * i))
-        engine.handle(Submit(f"request {i}", prompt, sampling, adapter))
-    found: dict[str, list[Logprob]] = {}
-    for _ in range(MOST_STEPS):
-        for output in engine.step().outputs:
-            assert output.error is None, output.error
-            found.setdefault(output.request_id, []).extend(output.logprobs or ())
-        if not engine.has_work:
-            break
-    engine.check()
-    kernels.use_backend("reference")
-    return found
+    try:
+        use_kernels(settings.kernels, resolve_device(settings.device))
+        engine = Engine(load_decoder(base, settings), settings)
+        engine.warm_up()
+        sampling = SamplingParams(max_tokens=12, temperature=0.0, logprobs=3)
+        for i, adapter in enumerate([*adapters, *adapters]):
+            prompt = tuple((7 * i + 3 * j) % VOCAB for j in range(5 + 23 * i))
+            engine.handle(Submit(f"request {i}", prompt, sampling, adapter))
+        found: dict[str, list[Logprob]] = {}
+        for _ in range(MOST_STEPS):
+            for output in engine.step().outputs:
+                assert output.error is None, output.error
+                found.setdefault(output.request_id, []).extend(output.logprobs or ())
+            if not engine.has_work:
+                break
+        engine.check()
+        return found
+    finally:
+        kernels.use_backend("reference")
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-3), ("bfloat16", 0.3)])

@@ -62,7 +62,7 @@ def test_quantized_linear_is_the_product_with_the_dequantised_weights(
     weights = quantise(kind, widths, in_features)
     dense = torch.cat([dequantize(weight, torch.float32) for weight in weights])
     packed = kernels.pack_quantized(weights)
-    for rows in (1, 2, 3, 8, 15, 16, 33, 97, 200):
+    for rows in (1, 2, 3, 8, 15, 16, 17, 33, 64, 96, 97, 112, 200):
         x = torch.cat([random(rows, in_features, seed=2), torch.full((16, in_features), torch.nan)])[:rows]
         assert relative_error(kernels.quantized_linear(x, packed), x @ dense.T) < 1e-5, rows
         half = kernels.quantized_linear(x.bfloat16(), packed)
@@ -102,10 +102,10 @@ def test_quantized_linear_adds_the_bias_of_all_weights(backend: str, kind: str) 
     assert relative_error(half, expected) < 1e-2
 
 
-@pytest.mark.parametrize("rows", [1, 33])
-@pytest.mark.parametrize(("outputs", "inputs"), [(48, 96), (40, 50)])
+@pytest.mark.parametrize("rows", [1, 16, 17, 48, 112, 200])
+@pytest.mark.parametrize(("outputs", "inputs"), [(48, 96), (16, 64), (240, 4096), (40, 50)])
 def test_dense_linear_is_the_product_plus_the_bias(backend: str, outputs: int, inputs: int, rows: int) -> None:
-    x, weight, bias = random(rows, inputs), random(outputs, inputs, seed=1), random(outputs, seed=2)
+    x, weight, bias = random(rows, inputs), random(outputs, inputs, seed=1) / inputs**0.5, random(outputs, seed=2)
     torch.testing.assert_close(kernels.dense_linear(x, weight, bias), x @ weight.T + bias)
     half = kernels.dense_linear(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
     assert half.dtype == torch.bfloat16
@@ -233,6 +233,18 @@ def test_side_path_in_bfloat16_is_near_float32(
     arena.add_to(y, x.bfloat16(), segments)
     assert relative_error(y, arena.expected(torch.zeros(62, sum(widths)), x, segments)) < 1e-2
     assert not y[[4, 5, 60, 61]].any()
+
+
+def test_side_path_of_long_segments_in_bfloat16_is_near_float32(backend: str) -> None:
+    """Several pieces of rows and, for the ranks of all slices, several tiles of them, the last of which is not full."""
+    widths = (64, 32, 32)
+    arena = Arena(64, widths, [[8, 8, 8], [40, 16, 33], [0, 0, 3]])
+    x = random(345, 64, seed=7)
+    segments = [Segment(1, 0, 200), Segment(0, 201, 270), Segment(2, 270, 343)]
+    y = torch.zeros(345, sum(widths), dtype=torch.bfloat16)
+    arena.add_to(y, x.bfloat16(), segments)
+    assert relative_error(y, arena.expected(torch.zeros(345, sum(widths)), x, segments)) < 1e-2
+    assert not y[[200, 343, 344]].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

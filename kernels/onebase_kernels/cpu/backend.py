@@ -6,7 +6,8 @@ the reference takes.
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ _STARTED = object()
 """What `start_lora` returns: the library itself keeps what has begun."""
 _READ = {**DTYPES, torch.float16: calls.FLOAT16}
 """What `copy_matrices_` and `copy_file_matrices_` read."""
+_FILE_MATRICES: WeakKeyDictionary[FilePlan, "ctypes.Array[calls.Matrix]"] = WeakKeyDictionary()
+"""Of the plans that somebody keeps."""
 
 
 def pack_quantized(weights: Sequence[QuantizedWeight]) -> PackedWeights:
@@ -246,14 +249,15 @@ def copy_file_matrices_(target: Tensor, file: Tensor, plan: FilePlan) -> None:
     _copy_matrices(target, file.data_ptr(), _file_matrices(plan))
 
 
-@lru_cache(maxsize=256)
 def _file_matrices(plan: FilePlan) -> "ctypes.Array[calls.Matrix]":
-    return (calls.Matrix * len(plan.matrices))(
-        *(
-            calls.Matrix(start, rows, columns, offset, scale, _READ[dtype], is_transposed)
-            for start, rows, columns, dtype, offset, scale, is_transposed in plan.matrices
+    if plan not in _FILE_MATRICES:
+        _FILE_MATRICES[plan] = (calls.Matrix * len(plan.matrices))(
+            *(
+                calls.Matrix(start, rows, columns, offset, scale, _READ[dtype], is_transposed)
+                for start, rows, columns, dtype, offset, scale, is_transposed in plan.matrices
+            )
         )
-    )
+    return _FILE_MATRICES[plan]
 
 
 def _copy_matrices(target: Tensor, base: int, matrices: "ctypes.Array[calls.Matrix]") -> None:

@@ -174,7 +174,7 @@ private:
     // Fills `most_` and `least_`.
     void screen() {
         const int64_t pieces = num_pieces(num_blocks_);
-        std::vector<F32x16> least(pieces * num_tiles_, least_[0]);
+        std::vector<F32x16> least(pieces * num_tiles_, broadcast(-__builtin_inff()));
         run_each(pieces, [&](int64_t piece) {
 #if defined(__AMX_INT8__)
             const Tiles configured;

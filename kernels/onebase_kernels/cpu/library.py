@@ -9,10 +9,11 @@ from pathlib import Path
 from onebase_kernels.cpu.build import VARIANTS, library_path
 from onebase_kernels.cpu.calls import CALLS, Code, Int, Pointer
 
+_AVX512 = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"})
 _CPU_FLAGS: Mapping[str, frozenset[str]] = {
-    "amx": frozenset({"amx_tile", "amx_bf16", "avx512_bf16", "avx512bw", "avx512vl", "avx512dq"}),
-    "avx512_bf16": frozenset({"avx512_bf16", "avx512bw", "avx512vl", "avx512dq"}),
-    "avx512": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"}),
+    "amx": frozenset({"amx_tile", "amx_bf16", "amx_int8", "avx512_bf16", *_AVX512, "avx512_vnni"}),
+    "avx512_bf16": frozenset({"avx512_bf16", *_AVX512, "avx512_vnni"}),
+    "avx512": _AVX512,
     "avx2": frozenset({"avx2", "fma", "bmi1", "bmi2", "f16c"}),
     "portable": frozenset(),
 }

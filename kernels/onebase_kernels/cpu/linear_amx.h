@@ -1,4 +1,4 @@
-// Products of bfloat16 activations and 4-bit weights by AMX, 16 rows or more at a time.
+// Products of bfloat16 activations and 4-bit weights by AMX, 16 rows at a time.
 #pragma once
 
 #include <algorithm>

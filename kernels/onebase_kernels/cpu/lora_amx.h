@@ -14,7 +14,6 @@ constexpr int64_t LORA_DEPTH = 32;      // ranks of a tile of the expand
 constexpr int64_t LORA_TILE = M_TILE * LORA_DEPTH;
 constexpr int64_t LORA_ROWS = 64;       // of x, for which a piece of the shrink puts A into order
 constexpr int64_t LORA_COLUMNS = 256;   // of y, that a piece of the expand computes
-constexpr size_t MANY_PIECES = 4;       // of rows: enough for all threads without dividing ranks
 
 class AmxLora {
 public:
@@ -28,7 +27,7 @@ public:
             add_expands(segment, stride, numbers);
             numbers += row_tiles(segment) * M_TILE * stride;
         }
-        if (shrinks_.size() < MANY_PIECES) divide_ranks();
+        if (num_shrinks() < 2 * num_threads()) divide_ranks();
         shrunk_.resize(numbers);
     }
 

@@ -172,7 +172,7 @@ class EngineMemory(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine process holds, by part, in bytes; on a CPU the parts add up to its resident memory."""
 
     weights: int = 0
-    """Codes and scales, embedding and head, norms and biases."""
+    """Codes and scales, embedding, head and its screen, norms and biases."""
     kv_cache: int = 0
     """Blocks that have been in use at least once."""
     adapters: int = 0

@@ -31,7 +31,11 @@ def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[int]:
 
 def takes_best(params: SamplingParams) -> bool:
     """Whether the token is that of the largest logit, whatever the logits are."""
-    return (params.temperature < GREEDY_BELOW or params.top_k == 1) and not _is_penalised(params)
+    return _is_greedy(params) and not _is_penalised(params)
+
+
+def _is_greedy(params: SamplingParams) -> bool:
+    return params.temperature < GREEDY_BELOW or params.top_k == 1
 
 
 def _is_penalised(params: SamplingParams) -> bool:
@@ -49,7 +53,7 @@ def _sampling_batch(sequences: Rows[Sequence], logits: Tensor) -> SamplingBatch:
 def _parameters(sequence: Sequence, vocab_size: int) -> tuple[float, ...]:
     """A row of a `SamplingBatch`."""
     params = sequence.sampling
-    is_random = params.temperature >= GREEDY_BELOW
+    is_random = not _is_greedy(params)
     return (
         params.temperature if is_random else 0.0,
         min(params.top_k, vocab_size),

@@ -116,8 +116,8 @@ class Decoder:
 
     @property
     def finds_best_tokens(self) -> bool:
-        """Whether `best_tokens` may be asked, and so costs less than the logits: a softcap makes equals of unequals."""
-        return self.weights.screen is not None and self.config.scales.logits_softcap is None
+        """Whether `best_tokens` may be asked, and so costs less than the logits."""
+        return self.weights.screen is not None
 
     @torch.inference_mode()
     def best_tokens(self, hidden: Tensor) -> Tensor:

@@ -75,11 +75,12 @@ class DecoderWeights:
         """What they take in memory, and what quantising them has lost."""
         norms = [self.norm, *(norm for layer in self.layers for norm in layer.norms)]
         biases = [group.bias for group in self.groups]
-        heads = [None if self.head is self.embedding else self.head, self.screen]
+        head_bytes = 0 if self.head is self.embedding else self.head.nbytes
         return WeightReport(
             linear_parameters=sum(group.num_parameters for group in self.groups),
             linear_bytes=sum(group.nbytes for group in self.groups),
-            embedding_bytes=self.embedding.nbytes + sum(part.nbytes for part in heads if part is not None),
+            embedding_bytes=self.embedding.nbytes + head_bytes,
+            screen_bytes=self.screen.nbytes if self.screen else 0,
             other_bytes=sum(part.nbytes for part in (*norms, *biases) if part is not None),
             is_quantized=any(not isinstance(part, Tensor) for group in self.groups for part in group.parts),
             error=self.quantization_error,

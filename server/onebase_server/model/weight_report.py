@@ -56,6 +56,8 @@ class WeightReport:
     linear_bytes: int
     embedding_bytes: int
     """Embedding and head; once where they are tied."""
+    screen_bytes: int
+    """Of the head, for greedy tokens."""
     other_bytes: int
     """Norms and biases."""
     is_quantized: bool
@@ -71,7 +73,7 @@ class WeightReport:
     @property
     def total_bytes(self) -> int:
         """All parts together."""
-        return self.linear_bytes + self.embedding_bytes + self.other_bytes
+        return self.linear_bytes + self.embedding_bytes + self.screen_bytes + self.other_bytes
 
 
 def write_errors(directory: Path, linears: Sequence[LinearError]) -> None:

@@ -143,9 +143,9 @@ class _Loader:
         return kernels.pack_dense(weight)
 
     def _screen(self, head: Tensor | PackedWeights) -> HeadScreen | None:
-        if self.settings.screen_head and isinstance(head, Tensor):
-            return kernels.pack_screen(head)
-        return None
+        """None where it is not wanted, or could not be used: a softcap makes equals of unequal logits."""
+        is_used = self.settings.screen_head and self.config.scales.logits_softcap is None
+        return kernels.pack_screen(head) if is_used and isinstance(head, Tensor) else None
 
     def _layer(self, layer: int) -> LayerWeights:
         shapes = names.layer_shapes(self.config, layer)

@@ -65,7 +65,10 @@ def texts(engine: Engine, requests: Sequence[SamplingParams]) -> list[list[int]]
     ids=["alone", "many", "top-k of 1", "beside drawn", "beside penalised", "penalised", "beside reporting"],
 )
 def test_texts_are_the_same_with_and_without_a_screen(make_engine: MakeEngine, requests: list[SamplingParams]) -> None:
-    assert texts(make_engine(True), requests) == texts(make_engine(False), requests)
+    screened = make_engine(True)
+    if not screened.decoder.finds_best_tokens:
+        pytest.skip("the C++ ops of this machine have no screen")
+    assert texts(screened, requests) == texts(make_engine(False), requests)
 
 
 def test_only_steps_of_greedy_rows_do_without_logits(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:

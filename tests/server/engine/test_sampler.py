@@ -84,6 +84,12 @@ def test_tokens_come_with_the_frequency_of_their_probability(params: dict[str, o
     assert (observed - expected).abs().max() < 4 * (0.25 / count) ** 0.5
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1e9])
+def test_top_k_of_one_takes_the_best_at_any_temperature(temperature: float) -> None:
+    logits = random_logits(1)
+    assert set(draw(logits, 20, top_k=1, temperature=temperature)) == {int(logits.argmax())}
+
+
 def test_top_k_keeps_the_k_best() -> None:
     logits = random_logits(1)[0]
     assert set(draw(logits, 300, top_k=3, temperature=5.0)) == set(logits.topk(3).indices.tolist())

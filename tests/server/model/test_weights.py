@@ -193,6 +193,21 @@ def test_the_report_counts_every_part(make_model: MakeModel, engine_settings: Ma
     assert plain.weights.head is plain.weights.embedding
 
 
+def test_only_a_head_of_which_the_best_tokens_are_asked_has_a_screen(
+    make_model: MakeModel, engine_settings: MakeSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A softcap makes equals of unequal logits, so their base has all of them computed."""
+    heads: list[torch.Tensor] = []
+    monkeypatch.setattr(kernels, "pack_screen", heads.append)
+    make_model("llama")
+    load_decoder(tmp_path / "model", engine_settings())
+    assert len(heads) == 1
+    load_decoder(tmp_path / "model", engine_settings(screen_head=False))
+    make_model("gemma2", sliding_window=9, query_pre_attn_scalar=20, final_logit_softcapping=5.0)
+    load_decoder(tmp_path / "model", engine_settings())
+    assert len(heads) == 1
+
+
 def test_a_quantised_head_gives_the_logits_of_its_rounded_weights(
     make_model: MakeModel, engine_settings: MakeSettings, tmp_path: Path
 ) -> None:

@@ -46,7 +46,7 @@ class TimedTrial:
 
 @dataclass(frozen=True)
 class Failure:
-    """What an op raised on one shape and number of rows; the case's larger numbers of rows were not tried."""
+    """What an op raised on one shape and number of rows; the case's later numbers of rows were not tried."""
 
     op: str
     variant: str
@@ -113,7 +113,7 @@ def measure_cases(
                 of_case.append(trial)
                 on_progress(index * len(rows) + len(of_case), len(cases) * len(rows))
         except Exception as error:  # whatever it is, the other cases are worth having
-            at = rows[len(of_case)]
+            at = rows[min(len(of_case), len(rows) - 1)]  # or after the last, where something is let go of
             text = f"{type(error).__name__}: {error}"
             found.failures.append(Failure(case.op, case.variant, at, text, traceback.format_exc()))
         found.trials += of_case
