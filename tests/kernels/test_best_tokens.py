@@ -53,6 +53,15 @@ def test_tokens_that_differ_by_less_than_the_screen_can_tell_are_told_apart(back
     assert best_of(hidden, head).tolist() == best_by_logits(hidden, head).tolist()
 
 
+@pytest.mark.parametrize("inputs", [128, 4096])
+def test_what_the_screen_loses_of_hidden_states_changes_nothing(backend: str, inputs: int) -> None:
+    """All but one number of each are a few of the steps that 16 bits have, and eight bits hold the head as it is."""
+    hidden = torch.rand(20, inputs).bfloat16() * 3 / 0x7F7F
+    head = torch.randint(-127, 128, (400, inputs)).bfloat16()
+    hidden[:, 0], head[:, 0] = 1, 127
+    assert best_of(hidden, head).tolist() == best_by_logits(hidden, head).tolist()
+
+
 @pytest.mark.parametrize("kind", ["one large input", "one large weight", "rows of unlike length", "tiny", "huge"])
 def test_numbers_that_eight_bits_hold_badly_change_nothing(backend: str, kind: str) -> None:
     head, hidden = make_head(), torch.randn(40, INPUTS).bfloat16()

@@ -27,7 +27,16 @@ def test_no_logit_is_further_from_its_codes_than_the_error_allows(seed: int, out
 
 def test_it_takes_little_more_than_half_of_the_head() -> None:
     head = torch.randn(4096, 512).bfloat16()
-    assert head_screen.pack(head).nbytes < 0.52 * head.nbytes
+    screen = head_screen.pack(head)
+    assert screen is not None
+    assert screen.nbytes < 0.52 * head.nbytes
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_head_that_is_not_finite_has_none(value: float) -> None:
+    head = torch.randn(64, 64).bfloat16()
+    head[40, 3] = value
+    assert head_screen.pack(head) is None
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,6 @@ struct DenseLinear {
 };
 
 #if defined(__AMX_BF16__)
-constexpr int64_t FEW_ROWS = 16;  // up to so many, activations are put into order, above that weights
-
 // What linear_many.h asks of weights.
 struct DenseGroup {
     const BFloat16* weight;
@@ -69,7 +67,7 @@ void linear_of_few(const DenseLinear& call, int64_t m, T* y) {
 template <class T>
 void linear(const DenseLinear& call, int64_t m, T* y) {
 #if defined(__AMX_BF16__)
-    if (m > FEW_ROWS) {
+    if (m > BLOCK) {  // up to so many, it takes less to put activations into order than weights
         const DenseGroup group{call.weight, call.num_outputs, call.num_inputs};
         return linear_many(group, RowTiles(call.x, m, call.num_inputs), call.bias, y);
     }

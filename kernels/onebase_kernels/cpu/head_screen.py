@@ -44,8 +44,8 @@ def can_pack(head: Tensor) -> bool:
     return head.dtype == torch.bfloat16 and head.device.type == "cpu" and is_whole
 
 
-def pack(head: Tensor) -> TiledScreen:
-    """Round a head for which `can_pack` holds."""
+def pack(head: Tensor) -> TiledScreen | None:
+    """Round a head for which `can_pack` holds; None if one of its numbers is not finite, for nothing bounds it then."""
     vocab, inputs = head.shape
     codes = memory.empty((vocab // _TOKENS, inputs // _INPUTS, _TOKENS, _INPUTS), torch.uint8)
     scales, errors = torch.empty(vocab), torch.empty(vocab)
@@ -57,7 +57,7 @@ def pack(head: Tensor) -> TiledScreen:
         errors[start:stop] = _errors(rows, rounded)
         tiles = rounded.codes.view(-1, _TOKENS, inputs // _INPUTS, _INPUTS).transpose(1, 2)
         codes[start // _TOKENS : stop // _TOKENS] = tiles.to(torch.int16) + 128
-    return TiledScreen(codes, scales, errors)
+    return TiledScreen(codes, scales, errors) if errors.isfinite().all() else None
 
 
 def _errors(rows: Tensor, rounded: Int8Weight) -> Tensor:

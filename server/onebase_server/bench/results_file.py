@@ -30,5 +30,8 @@ def write_json(path: Path, machine: Machine, results: dict[str, Any]) -> None:
 def replace_json(path: Path, document: dict[str, Any]) -> None:
     """Write the file under another name first, so that under its own there is never half of it."""
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(document, indent=2) + "\n")
-    unfinished.replace(path)
+    try:
+        unfinished.write_text(json.dumps(document, indent=2) + "\n")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

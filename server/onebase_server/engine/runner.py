@@ -179,7 +179,7 @@ class Runner:
     def _sample(self, batch: Batch, rows: list[int], logits: Tensor) -> tuple[dict[int, int], dict[int, Logprob]]:
         sequences = [batch.scheduled[i].sequence for i in rows]
         reporting = [r for r, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
-        raw = logits[reporting] if reporting else logits[:0]  # a copy: sampling changes logits in place
+        raw = logits[reporting]  # a copy: sampling changes logits in place
         chosen = sample(logits, sequences)
         logprobs: dict[int, Logprob] = {}
         for r, row_logits in zip(reporting, raw, strict=True):
