@@ -7,17 +7,18 @@ the reference takes.
 import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from onebase_kernels import reference, sdpa_attention
-from onebase_kernels.batch import AttentionBatch, FilePlan, LoraBatch, Matrix, ReplacedRows, SamplingBatch, StepInputs
+from onebase_kernels.batch import AttentionBatch, LoraBatch, ReplacedRows, SamplingBatch, StepInputs
 from onebase_kernels.cpu import blockwise_packing, calls, execution, head_screen, int4_packing, int8_packing, memory
 from onebase_kernels.cpu.calls import DTYPES, Step
-from onebase_kernels.cpu.execution import empty, run
+from onebase_kernels.cpu.execution import are_plain, empty, run
 from onebase_kernels.cpu.head_screen import TiledScreen
+from onebase_kernels.cpu.matrix_copying import copy_file_matrices_ as copy_file_matrices_
+from onebase_kernels.cpu.matrix_copying import copy_matrices_ as copy_matrices_
 from onebase_kernels.cpu.tiles import TiledWeights
 from onebase_kernels.quantized import PackedWeights, QuantizedWeight
 from onebase_kernels.screen import HeadScreen
@@ -27,10 +28,6 @@ _HEAD_SIZES = frozenset({16, 32, 48, 64, 80, 96, 128, 192, 256})
 """attention.cpp has one function for each."""
 _STARTED = object()
 """What `start_lora` returns: the library itself keeps what has begun."""
-_READ = {**DTYPES, torch.float16: calls.FLOAT16}
-"""What `copy_matrices_` and `copy_file_matrices_` read."""
-_FILE_MATRICES: WeakKeyDictionary[FilePlan, "ctypes.Array[calls.Matrix]"] = WeakKeyDictionary()
-"""Of the plans that somebody keeps."""
 
 
 def pack_quantized(weights: Sequence[QuantizedWeight]) -> PackedWeights:
@@ -87,7 +84,7 @@ def record(forward: Callable[[StepInputs], Tensor], largest: StepInputs) -> Call
 
 def embed(token_ids: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
     """As `reference.embed`."""
-    if not _are_plain(token_ids, table) or (scale != 1 and table.dtype not in DTYPES):
+    if not are_plain(token_ids, table) or (scale != 1 and table.dtype not in DTYPES):
         return reference.embed(token_ids, table, scale)
     y = empty((token_ids.shape[0], table.shape[1]), table.dtype)
     call = calls.Embed(
@@ -103,7 +100,7 @@ def embed(token_ids: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
 
 def replace_rows_(x: Tensor, replaced: ReplacedRows | None) -> None:
     """As `reference.replace_rows_`."""
-    if not _are_plain(x) or (replaced and (replaced.vectors.dtype != x.dtype or not _are_plain(replaced.vectors))):
+    if not are_plain(x) or (replaced and (replaced.vectors.dtype != x.dtype or not are_plain(replaced.vectors))):
         reference.replace_rows_(x, replaced)
         return
     step = Step()
@@ -160,7 +157,7 @@ def head_logits(hidden: Tensor, head: Tensor | PackedWeights) -> Tensor:
 def _carries_dense(x: Tensor, weight: Tensor) -> bool:
     is_bf16 = x.dtype == weight.dtype == torch.bfloat16 and _has_dense_linear()
     outputs, inputs = weight.shape
-    return is_bf16 and _are_plain(x, weight) and outputs % _LANES == 0 and inputs % (2 * _LANES) == 0
+    return is_bf16 and are_plain(x, weight) and outputs % _LANES == 0 and inputs % (2 * _LANES) == 0
 
 
 def _has_dense_linear() -> bool:
@@ -190,14 +187,14 @@ def start_lora(x: Tensor, lora: LoraBatch, place: int, widths: Sequence[int]) ->
 
 def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequence[int], started: object = None) -> None:
     """As `reference.add_lora_`, all segments and slices in one call."""
-    if not _carries_lora(x, lora) or y.dtype != x.dtype or not _are_plain(y):
+    if not _carries_lora(x, lora) or y.dtype != x.dtype or not are_plain(y):
         reference.add_lora_(y, x, lora, place, widths)
         return
     _run_lora(calls.AddLora, y, x, lora, place, widths, started)
 
 
 def _carries_lora(x: Tensor, lora: LoraBatch) -> bool:
-    return x.dtype in DTYPES and _are_plain(x, lora.arena, lora.table)
+    return x.dtype in DTYPES and are_plain(x, lora.arena, lora.table)
 
 
 def _run_lora(
@@ -223,48 +220,6 @@ def _run_lora(
     step = Step(rows=x.shape[0])
     execution.add_segments(step, lora)
     run(call, step)
-
-
-def copy_matrices_(target: Tensor, matrices: Sequence[Matrix]) -> None:
-    """As `reference.copy_matrices_`, in one call, during which other threads may compute."""
-    sources = [matrix.source for matrix in matrices]
-    if target.dtype not in DTYPES or not _are_plain(target, *sources) or any(x.dtype not in _READ for x in sources):
-        reference.copy_matrices_(target, matrices)
-        return
-    array = (calls.Matrix * len(matrices))(
-        *(
-            calls.Matrix(source.data_ptr(), *source.shape, offset, scale, _READ[source.dtype], is_transposed)
-            for source, offset, scale, is_transposed in matrices
-        )
-    )
-    _copy_matrices(target, 0, array)
-
-
-def copy_file_matrices_(target: Tensor, file: Tensor, plan: FilePlan) -> None:
-    """As `reference.copy_file_matrices_`, in one call that is worked out once for a plan."""
-    is_read = all(matrix.dtype in _READ for matrix in plan.matrices)
-    if target.dtype not in DTYPES or not _are_plain(target, file) or not is_read:
-        reference.copy_file_matrices_(target, file, plan)
-        return
-    _copy_matrices(target, file.data_ptr(), _file_matrices(plan))
-
-
-def _file_matrices(plan: FilePlan) -> "ctypes.Array[calls.Matrix]":
-    if plan not in _FILE_MATRICES:
-        _FILE_MATRICES[plan] = (calls.Matrix * len(plan.matrices))(
-            *(
-                calls.Matrix(start, rows, columns, offset, scale, _READ[dtype], is_transposed)
-                for start, rows, columns, dtype, offset, scale, is_transposed in plan.matrices
-            )
-        )
-    return _FILE_MATRICES[plan]
-
-
-def _copy_matrices(target: Tensor, base: int, matrices: "ctypes.Array[calls.Matrix]") -> None:
-    """`base` is the address that sources are counted from."""
-    execution.library.onebase_copy_matrices(
-        ctypes.byref(matrices), len(matrices), base, target.data_ptr(), DTYPES[target.dtype]
-    )
 
 
 @cache  # a model has but a few, and programs point to them
@@ -341,7 +296,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm_(hidden: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `reference.add_rms_norm_`."""
-    if not _carries_norm(hidden, weight) or not _are_plain(hidden, delta) or hidden.dtype != delta.dtype:
+    if not _carries_norm(hidden, weight) or not are_plain(hidden, delta) or hidden.dtype != delta.dtype:
         return reference.add_rms_norm_(hidden, delta, weight, eps)
     return _rms_norm(hidden, delta, weight, eps)
 
@@ -371,7 +326,7 @@ def _rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Te
 
 def add_(hidden: Tensor, delta: Tensor, scale: float = 1.0) -> None:
     """As `reference.add_`."""
-    if hidden.dtype not in DTYPES or hidden.dtype != delta.dtype or not _are_plain(hidden, delta):
+    if hidden.dtype not in DTYPES or hidden.dtype != delta.dtype or not are_plain(hidden, delta):
         reference.add_(hidden, delta, scale)
         return
     call = calls.Add(
@@ -387,7 +342,7 @@ def add_(hidden: Tensor, delta: Tensor, scale: float = 1.0) -> None:
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """As `reference.layer_norm`."""
     is_alike = x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
-    if x.dtype not in DTYPES or not is_alike or not _are_plain(x, weight):
+    if x.dtype not in DTYPES or not is_alike or not are_plain(x, weight):
         return reference.layer_norm(x, weight, bias, eps)
     y = empty(x.shape, x.dtype)
     call = calls.LayerNorm(
@@ -405,7 +360,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 
 def apply_rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
     """As `reference.apply_rope_`."""
-    is_carried = q.dtype in DTYPES and _has_plain_tokens(q) and _has_plain_tokens(k) and _are_plain(cos, sin, positions)
+    is_carried = q.dtype in DTYPES and _has_plain_tokens(q) and _has_plain_tokens(k) and are_plain(cos, sin, positions)
     if not is_carried:
         reference.apply_rope_(q, k, cos, sin, positions)
         return
@@ -468,7 +423,7 @@ def best_tokens(hidden: Tensor, head: Tensor, screen: HeadScreen | None) -> Tens
 def choose_tokens(logits: Tensor, sampling: SamplingBatch) -> Tensor:
     """As `reference.choose_tokens`."""
     parameters = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, sampling.uniform)
-    if logits.dtype != torch.float32 or not _are_plain(logits, *parameters):
+    if logits.dtype != torch.float32 or not are_plain(logits, *parameters):
         return reference.choose_tokens(logits, sampling)
     tokens = torch.empty(logits.shape[0], dtype=torch.int64)
     call = calls.ChooseTokens(
@@ -490,11 +445,6 @@ def set_num_threads(count: int) -> None:
     """As `reference.set_num_threads`, for the library's threads and for torch's."""
     execution.library.onebase_set_threads(count)
     torch.set_num_threads(count)
-
-
-def _are_plain(*tensors: Tensor) -> bool:
-    """Whether memory is what the shape says: no gaps, no transposition."""
-    return all(tensor.is_contiguous() for tensor in tensors)
 
 
 def _has_plain_tokens(heads: Tensor) -> bool:

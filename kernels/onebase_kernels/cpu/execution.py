@@ -249,3 +249,8 @@ def _lowest_gap(buffer: _Buffer, placed: Sequence[_Buffer]) -> int:
         if lives_too and other.offset < offset + buffer.size and offset < other.offset + other.size:
             offset = other.offset + other.size
     return offset
+
+
+def are_plain(*tensors: Tensor) -> bool:
+    """Whether memory is what the shape says: no gaps, no transposition."""
+    return all(tensor.is_contiguous() for tensor in tensors)

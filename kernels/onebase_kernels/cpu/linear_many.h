@@ -11,11 +11,11 @@
 
 namespace onebase {
 
-constexpr int64_t M_TILE = 16;   // rows of x of a tile
-constexpr int64_t K_TILE = 32;   // inputs of a tile
+constexpr int64_t M_TILE = 16;  // rows of x of a tile
+constexpr int64_t K_TILE = 32;  // inputs of a tile
 constexpr int64_t C_TILE = M_TILE * BLOCK_N;
 
-constexpr int64_t DECODED_BYTES = 512 << 10;    // of weights at a time, for the second cache
+constexpr int64_t DECODED_BYTES = 512 << 10;     // of weights at a time, for the second cache
 constexpr int64_t WEIGHTS_AHEAD = 4 * K_TILE;  // inputs whose weights are on their way from there to the first
 
 // The rows of x as AMX reads them, 16 at a time: those of whole tiles where they are, the others in a copy.
