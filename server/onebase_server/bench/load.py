@@ -14,6 +14,9 @@ def _split_at_commas(value: Any) -> Any:
 Integers = Annotated[tuple[PositiveInt, ...], BeforeValidator(_split_at_commas), Field(min_length=1)]
 """`8,16,32`."""
 
+Words = Annotated[tuple[str, ...], BeforeValidator(_split_at_commas)]
+"""`q_proj,v_proj`."""
+
 Popularity = Literal["none", "same", "distinct", "zipf"]
 
 

@@ -35,12 +35,14 @@ class RandomAdapters:
     store: AdapterStore
     config: ModelConfig
     seed: int
+    targets: tuple[str, ...] = ()
+    """The linears that they adapt; all if none is named."""
     _published: set[str] = field(default_factory=set)
 
     def require(self, count: int, ranks: Sequence[int]) -> None:
         """Raises ConfigurationError if the disk has no room for those that are not there yet."""
         missing = self._missing(count, ranks).values()
-        needed = sum(num_parameters(self.config, rank) for _, rank in missing) * _NUMBER_BYTES
+        needed = sum(num_parameters(self.config, rank, self.targets) for _, rank in missing) * _NUMBER_BYTES
         free = shutil.disk_usage(self.store.root).free
         if needed > 0.9 * free:
             raise ConfigurationError(
@@ -54,7 +56,8 @@ class RandomAdapters:
         missing = self._missing(count, ranks)
         for done, (name, (index, rank)) in enumerate(missing.items(), start=1):
             with self.store.staging() as directory:
-                write_random_adapter(directory, self.config, rank=rank, seed=self.seed + index)
+                seed = self.seed + index
+                write_random_adapter(directory, self.config, rank=rank, seed=seed, targets=self.targets)
                 self.store.publish(name, directory)
             self._published.add(name)
             on_progress(done, len(missing))
@@ -92,21 +95,21 @@ def kv_cache_bytes(config: ModelConfig, num_requests: int, request_tokens: int) 
 
 @contextmanager
 def start_server(
-    base: Path, flags: Sequence[str], *, running_adapters: int, max_rank: int, seed: int
+    base: Path, flags: Sequence[str], *, running_adapters: int, max_rank: int, targets: tuple[str, ...] = (), seed: int
 ) -> Iterator[OwnServer]:
     """Serve `base` until the block ends; its adapters and its log are deleted then.
 
-    Adapter memory is what `running_adapters` of rank `max_rank` need, at least the default, unless `flags` say
-    otherwise: less would measure waiting.
+    Adapter memory is what `running_adapters` of rank `max_rank` on `targets` need, at least the default, unless `flags`
+    say otherwise: less would measure waiting.
 
     Raises:
-        ConfigurationError: the base or a flag is wrong. This one, and any that the block raises, ends with the server's
-            own last words.
+        ConfigurationError: the base, a target or a flag is wrong. What the server itself says of it, and any that the
+            block raises, ends with the server's own last words.
     """
     config = ModelConfig.from_directory(base)
     base_name = base.resolve().name
     default = EngineSettings.model_fields["adapter_memory"].default
-    memory = max(default, running_adapters * num_parameters(config, max_rank) * _NUMBER_BYTES)
+    memory = max(default, running_adapters * num_parameters(config, max_rank, targets) * _NUMBER_BYTES)
     with tempfile.TemporaryDirectory(prefix="onebase-bench-") as workspace:
         root = Path(workspace)
         port = _free_port()
@@ -120,7 +123,8 @@ def start_server(
             with _running(command, root / "log") as process:
                 url = f"http://127.0.0.1:{port}"
                 _wait_until_ready(url, process)
-                yield OwnServer(url, process.pid, command, base_name, config, RandomAdapters(store, config, seed))
+                adapters = RandomAdapters(store, config, seed, targets)
+                yield OwnServer(url, process.pid, command, base_name, config, adapters)
         except ConfigurationError as error:
             raise ConfigurationError(f"{error}\nThe server's last words:\n{_last_lines(root / 'log')}") from error
         finally:

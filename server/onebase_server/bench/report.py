@@ -10,6 +10,7 @@ from onebase_server.bench.comparison import LoadComparison
 from onebase_server.bench.measure import Measurement
 from onebase_server.bench.memory import TreeMemory
 from onebase_server.bench.scale import Series
+from onebase_server.bench.server_choice import ServerChoice
 from onebase_server.bench.summary import Percentiles, RunSummary
 from onebase_server.bench.target import Target
 
@@ -72,6 +73,11 @@ def parts_table(parts: Mapping[str, int]) -> Table:
 def describe_target(target: Target) -> dict[str, Any]:
     """Which server it was; no keys."""
     return {"url": target.url, "model": target.model, "command": target.command}
+
+
+def describe_adapters(choice: ServerChoice) -> dict[str, Any] | None:
+    """What the random adapters of a server of our own are; None for another's."""
+    return choice.model_dump(include={"ranks", "targets"}) if choice.url is None else None
 
 
 def describe_measurement(measurement: Measurement) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from onebase_server.bench.dialects import DialectName
-from onebase_server.bench.load import Integers
+from onebase_server.bench.load import Integers, Words
 from onebase_server.errors import ConfigurationError
 
 
@@ -38,6 +38,7 @@ class ServerChoice(Vocabulary):
     demo: bool = Field(False, description="Start a server of the demo base.")
     base: Path | None = Field(None, description="Start a server of this base: a directory.")
     ranks: Integers = Field((8, 16, 32, 64), description="Ranks of its random adapters, in turn.")
+    targets: Words = Field((), description="Linears that they adapt, such as q_proj,v_proj; by default all.")
     serve_flags: str = Field("", description='More flags for `onebase serve`, such as "--threads 2".')
 
     @property

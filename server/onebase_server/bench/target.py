@@ -85,6 +85,7 @@ def open_target(choice: ServerChoice, load: Load) -> Iterator[Target]:
         ("--kv-cache-memory", str(max(kv_cache_memory, needed)), *choice.serve_arguments),
         running_adapters=min(load.num_adapters, num_requests),
         max_rank=max(choice.ranks),
+        targets=choice.targets,
         seed=load.seed,
     ) as server:
         yield Target(

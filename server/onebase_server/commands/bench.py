@@ -65,8 +65,8 @@ def bench(context: typer.Context, output: OutputOption = DEFAULT_OUTPUT, **flags
             console.print(report.parts_table(measurement.memory.parts))
     print_notes(measurement.notes)
     path = new_file(output, "load")
-    server = report.describe_target(target)
-    write_json(path, machine, {"server": server, **report.describe_measurement(measurement)})
+    server = {"server": report.describe_target(target), "random_adapters": report.describe_adapters(choice)}
+    write_json(path, machine, {**server, **report.describe_measurement(measurement)})
     plots.plot_latencies(path.with_suffix(".png"), measurement)
     console.print(f"Written: {path} and its .png")
 
@@ -104,7 +104,8 @@ def scale(output: OutputOption = DEFAULT_OUTPUT, **flags: Any) -> None:
             for one in growing:
                 described = [report.describe_series(series) for series in (*finished, one)]
                 # after each round, for all may take hours, and the next one may be interrupted
-                write_json(path, machine, {"server": report.describe_target(target), "series": described})
+                server = {"server": report.describe_target(target), "random_adapters": report.describe_adapters(choice)}
+                write_json(path, machine, {**server, "series": described})
             finished.append(one)
     for one in finished:
         console.print(report.series_table(one))

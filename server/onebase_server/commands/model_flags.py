@@ -76,7 +76,7 @@ def _annotation(name: str, field: FieldInfo) -> Any:
     option = typer.Option(
         declaration,
         help=field.description,
-        show_default=False if field.is_required() or default in (None, "") else _shown(default),
+        show_default=False if field.is_required() or default in (None, "", ()) else _shown(default),
         metavar="SIZE" if kind is ByteSize else "LIST" if is_text else None,
     )
     return Annotated[(str if is_text else kind) | None, option]

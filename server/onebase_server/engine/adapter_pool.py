@@ -112,6 +112,10 @@ class AdapterPool:
         """Adapters in the arena."""
         return len(self._resident)
 
+    def is_ready(self, adapter: AdapterRef) -> bool:
+        """Whether `acquire` need not wait for the adapter's blob, which is read from now on if it was not before."""
+        return adapter.digest in self._resident or self._loader.is_ready(adapter)
+
     def acquire(self, adapter: AdapterRef) -> int:
         """Pin an adapter and return its slot.
 

@@ -27,19 +27,23 @@ class BlobLoader(Generic[T]):
     def __len__(self) -> int:
         return len(self._loading)
 
+    def is_ready(self, adapter: AdapterRef) -> bool:
+        """Whether it has been read, or cannot be; starts to read it otherwise."""
+        loading = self._loading.get(adapter.digest)
+        if loading is None:
+            self._start(adapter)
+        return loading is not None and loading.done()
+
     @contextmanager
     def loaded(self, adapter: AdapterRef) -> Iterator[T]:
         """What was read of an adapter, while room for it is found; it is kept on AdapterMemoryFull alone.
 
         Raises AdapterLoading while it is being read, AdapterUnusable for whatever goes wrong.
         """
-        loading = self._loading.get(adapter.digest)
-        if loading is None:
-            self._start(adapter)
-        if loading is None or not loading.done():
+        if not self.is_ready(adapter):
             raise AdapterLoading
         try:
-            yield loading.result()
+            yield self._loading[adapter.digest].result()
         except AdapterMemoryFull:
             raise
         except Exception as error:  # whatever a damaged blob raises belongs to its requests, not to the engine

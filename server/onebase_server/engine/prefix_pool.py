@@ -69,6 +69,13 @@ class PrefixPool(Generic[T]):
         """Prefixes that are being read, or wait for room."""
         return len(self._loader)
 
+    def is_ready(self, adapter: AdapterRef) -> bool:
+        """Whether `acquire` need not wait for the adapter's blob, which is read from now on if it was not before."""
+        if adapter.digest in self._in_use:
+            return True
+        keys = self._keys(adapter)
+        return len(self._block_pool.match(keys)) == len(keys) or self._loader.is_ready(adapter)
+
     def acquire(self, adapter: AdapterRef) -> None:
         """Hold the blocks of an adapter's prefix.
 
@@ -100,6 +107,10 @@ class PrefixPool(Generic[T]):
         """Copy what a block holds to another."""
         self._writer.copy(source, target)
 
+    def _keys(self, adapter: AdapterRef) -> list[bytes]:
+        """By which its blocks are remembered."""
+        return hash_prefix(adapter.digest, self._block_pool.blocks_for(adapter.num_virtual_tokens))
+
     def _hold_blocks(self, adapter: AdapterRef) -> list[int]:
         """The prefix's blocks as they are remembered, or written anew."""
         if adapter.num_virtual_tokens >= self._max_model_len:
@@ -108,7 +119,7 @@ class PrefixPool(Generic[T]):
                 f"room for a prompt in a context of {self._max_model_len} tokens."
             )
         pool = self._block_pool
-        keys = hash_prefix(adapter.digest, pool.blocks_for(adapter.num_virtual_tokens))
+        keys = self._keys(adapter)
         blocks = pool.match(keys)
         if len(blocks) == len(keys):
             pool.share(blocks)

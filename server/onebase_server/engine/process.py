@@ -17,6 +17,7 @@ import onebase_kernels as kernels
 from onebase_server.engine.core import Engine
 from onebase_server.engine.protocol import EngineSocket
 from onebase_server.engine.request import Failed, Ready, ToEngine
+from onebase_server.engine.scheduler import MAX_HELD_SECONDS
 from onebase_server.errors import OnebaseError
 from onebase_server.model.backend import use_kernels
 from onebase_server.model.weights import load_decoder, resolve_device
@@ -44,14 +45,15 @@ class Inbox:
         """Wake the loop: an adapter's blob has been read."""
         self._queue.put(None)
 
-    def take(self, *, wait: bool) -> list[ToEngine]:
-        """All messages there are; with `wait`, not before there is one, or the bell."""
-        taken = [self._queue.get()] if wait else []
-        while True:
-            try:
+    def take(self, timeout: float | None) -> list[ToEngine]:
+        """All messages there are; if none, wait `timeout` seconds (None: for ever) for one, or for the bell."""
+        taken = []
+        try:
+            taken.append(self._queue.get(timeout=timeout))
+            while True:
                 taken.append(self._queue.get_nowait())
-            except queue.Empty:
-                return [message for message in taken if message is not None]
+        except queue.Empty:
+            return [message for message in taken if message is not None]
 
 
 def load_engine(settings: EngineSettings, inbox: Inbox) -> tuple[Engine, Ready]:
@@ -77,10 +79,11 @@ def load_engine(settings: EngineSettings, inbox: Inbox) -> tuple[Engine, Ready]:
 
 
 def run(engine: Engine, inbox: Inbox, connection: EngineSocket) -> None:
-    """Step for ever; sleep only when nothing can be computed."""
+    """Step for ever; sleep only when nothing can be computed, and no longer than the scheduler holds prompts back."""
     is_idle = True
     while True:
-        for message in inbox.take(wait=is_idle):
+        held = MAX_HELD_SECONDS if engine.has_work else None
+        for message in inbox.take(held if is_idle else 0):
             engine.handle(message)
         for answer in engine.poll_attaches():
             connection.send(answer)

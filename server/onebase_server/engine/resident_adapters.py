@@ -14,6 +14,10 @@ class ResidentAdapters:
         self._adapter_pool = adapter_pool
         self._prefix_pool = prefix_pool
 
+    def is_ready(self, adapter: AdapterRef) -> bool:
+        """Whether `acquire` need not wait for the adapter's blob, which is read from now on if it was not before."""
+        return self._pool_of(adapter).is_ready(adapter)
+
     def acquire(self, adapter: AdapterRef) -> int:
         """Pin an adapter and return its slot; NO_SLOT for a prefix, behind which rows are the base's.
 

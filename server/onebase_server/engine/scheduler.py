@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 from onebase_server.engine.block_pool import BlockPool, hash_activation, hash_block, hash_root
@@ -17,6 +18,10 @@ from onebase_server.engine.sequence import NO_SLOT, Sequence
 
 MAX_TIMES_PASSED = 64
 """How many later sequences may overtake one that waits for adapter memory: large adapters would starve otherwise."""
+
+
+MAX_HELD_SECONDS = 0.01
+"""How long a prompt that could start may wait for company: about what its own step saves by having some."""
 
 
 class AdapterBusy(Exception):
@@ -37,6 +42,9 @@ class AdapterUnusable(Exception):
 
 class Adapters(Protocol):
     """What the scheduler asks of adapter memory."""
+
+    def is_ready(self, adapter: AdapterRef) -> bool:
+        """Whether `acquire` need not wait for the adapter's bytes, which are on their way from now on."""
 
     def acquire(self, adapter: AdapterRef) -> int:
         """Pin the adapter and return its slot; NO_SLOT for a prefix, behind which rows are the base's.
@@ -182,7 +190,7 @@ class Scheduler:
             scheduled[sequence] = ScheduledSequence(sequence, sequence.num_computed_tokens, num_tokens)
             budget -= num_tokens
 
-        if self.num_preemptions == preemptions_before:
+        if self.num_preemptions == preemptions_before and not self._is_held_back(budget):
             scheduled.update((entry.sequence, entry) for entry in self._admit(budget))
 
         return Batch(tuple(sorted(scheduled.values(), key=lambda entry: entry.sequence.slot)))
@@ -199,6 +207,18 @@ class Scheduler:
         return min(self.max_model_len, blocks * self.block_pool.block_size)
 
     # Admission.
+
+    def _is_held_back(self, budget: int) -> bool:
+        """Whether prompts that could start wait for others whose adapters are being read.
+
+        A step costs much however few prompts it has (weights are decoded once for all of them), so those that came
+        together are best computed together: where that fills no step anyway, and for MAX_HELD_SECONDS at most.
+        """
+        candidates = list(islice(self.waiting, self.max_num_seqs - len(self.running)))
+        ready = [s for s in candidates if s.adapter is None or self.adapters.is_ready(s.adapter)]
+        if not ready or len(ready) == len(candidates) or sum(s.num_tokens for s in ready) >= budget:
+            return False
+        return self.clock() < min(s.arrival for s in ready) + MAX_HELD_SECONDS
 
     def _admit(self, budget: int) -> list[ScheduledSequence]:
         """Move waiting sequences to running, in order, overtaking only those whose adapter is not ready."""

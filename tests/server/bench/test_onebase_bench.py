@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def test_it_starts_a_server_measures_it_and_stops_it(
     assert sum(written["memory"]["parts"].values()) == pytest.approx(written["memory"]["rss"], rel=0.05)
     assert "Memory by part" in result.output
     assert (written["load"]["adapters"], written["load"]["seed"]) == (3, 0)
+    assert written["random_adapters"] == {"ranks": [2, 4], "targets": []}
     assert {"python", "torch", "onebase"} <= set(written["versions"])
     (plot,) = (tmp_path / "results").glob("*-load.png")
     assert plot.read_bytes().startswith(PNG)
@@ -60,6 +62,7 @@ def test_it_measures_a_running_server_and_its_adapters(
     result = onebase_bench("--url", f"{own_server.url}/v1", "--server-pid", own_server.pid, *options)
     assert result.exit_code == 0, result.output
     written = results(tmp_path, "load")
+    assert written["random_adapters"] is None
     assert written["server"] == {"url": own_server.url, "model": own_server.base_name, "command": None}
     assert written["median"]["prompt_tokens"] == 4 * 8
     assert own_server.pid in [process["pid"] for process in written["memory"]["processes"]]
@@ -117,7 +120,22 @@ def test_random_adapters_are_the_same_for_the_same_seed_and_have_the_rank_asked_
     assert [store.resolve(name).rank for name in names] == [2, 4, 2]
     assert all(len(store.versions(name)) == 1 for name in names)
     assert len({store.resolve(name).digest for name in names}) == 3
+    assert set(store.resolve(names[0]).targets) == set(own_server.config.adapter_layout().shapes)
     assert num_parameters(own_server.config, 4) == 2 * num_parameters(own_server.config, 2)
+
+
+def test_random_adapters_change_the_named_linears_alone(own_server: OwnServer) -> None:
+    store, config = own_server.adapters.store, own_server.config
+    (name,) = replace(own_server.adapters, seed=7, targets=("q_proj", "v_proj"), _published=set()).names(1, [6])
+    version = store.resolve(name)
+    assert set(version.targets) == {"q_proj", "v_proj"}
+    assert version.num_parameters == num_parameters(config, 6, ["q_proj", "v_proj"]) < num_parameters(config, 6)
+
+
+def test_a_linear_that_the_base_has_not_is_refused(onebase_bench: Bench, word_base: Path) -> None:
+    result = onebase_bench("--base", word_base, "--targets", "q_proj,key")
+    assert result.exit_code == 1
+    assert "The base has no key to adapt; it has q_proj" in result.output
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,9 @@ class Arena:
     def __init__(self) -> None:
         self.slots: dict[str, int] = {}
 
+    def is_ready(self, adapter: AdapterRef) -> bool:
+        return True
+
     def acquire(self, adapter: AdapterRef) -> int:
         return self.slots.setdefault(adapter.digest, len(self.slots))
 

@@ -72,6 +72,18 @@ def test_the_first_request_finds_the_adapter_loading_and_a_later_one_finds_it_th
     assert pool.bytes_used == 4 * 2 * Q_RANK_1
 
 
+def test_asking_whether_an_adapter_is_ready_has_it_read_and_takes_no_room(
+    pool: Pool, write_adapter: BlobWriter
+) -> None:
+    adapter = write_adapter("a", {"q_proj": 2})
+    assert not pool.is_ready(adapter)
+    pool.bell.get(timeout=10)
+    assert pool.is_ready(adapter)
+    assert pool.num_resident == 0
+    pool.acquire(adapter)
+    assert pool.is_ready(adapter)
+
+
 def test_kernels_are_told_the_most_ranks_at_a_place_and_how_offsets_are_aligned(
     pool: Pool, write_adapter: BlobWriter
 ) -> None:

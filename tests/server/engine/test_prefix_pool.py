@@ -83,6 +83,18 @@ def test_a_damaged_blob_harms_its_own_requests_only(machine: Machine) -> None:
     assert machine.blocks.num_used == 0
 
 
+def test_a_prefix_is_ready_once_it_was_read_and_while_its_blocks_are_remembered(machine: Machine) -> None:
+    adapter = prefix("a", 4)
+    assert not machine.prefixes.is_ready(adapter)
+    machine.bell.get(timeout=10)
+    assert machine.prefixes.is_ready(adapter)
+    machine.prefixes.acquire(adapter)
+    assert machine.prefixes.is_ready(adapter)
+    machine.prefixes.release(adapter.digest)
+    assert machine.prefixes.is_ready(adapter)
+    assert machine.prefixes.num_loading == 0
+
+
 def test_a_withdrawn_wish_keeps_no_bytes_waiting(machine: Machine) -> None:
     with pytest.raises(AdapterLoading):
         machine.prefixes.acquire(prefix("a", 4))

@@ -1,5 +1,8 @@
 """The scheduler, without a model: budgets, blocks, admission, preemption and ends."""
 
+import time
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 from onebase_server.engine.block_pool import BlockPool
 from onebase_server.engine.request import AdapterRef, SamplingParams, Submit, TokenOutput
 from onebase_server.engine.scheduler import (
+    MAX_HELD_SECONDS,
     MAX_TIMES_PASSED,
     AdapterLoading,
     AdapterMemoryFull,
@@ -21,18 +25,26 @@ EOS = 0
 
 
 class Shelf:
-    """Adapter memory of a few slots: digests are loaded one call after they were first asked for."""
+    """Adapter memory of a few slots: digests are there one step after they were first asked for."""
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
         self.users: dict[str, int] = {}
         self.asked: set[str] = set()
+        self.loaded: set[str] = set()
+
+    def load(self) -> None:
+        """What was asked for comes."""
+        self.loaded |= self.asked
+
+    def is_ready(self, adapter: AdapterRef) -> bool:
+        self.asked.add(adapter.digest)
+        return adapter.digest in self.loaded
 
     def acquire(self, adapter: AdapterRef) -> int:
         if adapter.digest == "broken":
             raise AdapterUnusable("Adapter broken@1 could not be loaded.")
-        if adapter.digest not in self.asked:
-            self.asked.add(adapter.digest)
+        if not self.is_ready(adapter):
             raise AdapterLoading
         if adapter.digest not in self.users and len(self.users) == self.slots:
             raise AdapterMemoryFull
@@ -46,6 +58,7 @@ class Shelf:
 
     def withdraw(self, adapter: AdapterRef) -> None:
         self.asked.discard(adapter.digest)
+        self.loaded.discard(adapter.digest)
 
     def prefix_blocks(self, adapter: AdapterRef) -> list[int]:
         return []
@@ -54,12 +67,13 @@ class Shelf:
         raise AssertionError("no adapter here is a prefix")
 
 
-def make_scheduler(**overrides: int) -> Scheduler:
+def make_scheduler(*, clock: Callable[[], float] = time.monotonic, **overrides: int) -> Scheduler:
     options = {"num_blocks": 16, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 32, "slots": 2}
     options |= overrides
     return Scheduler(
         BlockPool(options["num_blocks"], options["block_size"]),
         Shelf(options["slots"]),
+        clock=clock,
         max_num_seqs=options["max_num_seqs"],
         max_num_batched_tokens=options["max_num_batched_tokens"],
         max_model_len=options.get("max_model_len", 64),
@@ -89,6 +103,8 @@ def next_token(sequence: Sequence) -> int:
 def step(scheduler: Scheduler, token: int | None = None) -> tuple[dict[str, tuple[int, int]], list[TokenOutput]]:
     """One step; what was computed, as {name: (start, stop)}, and what came out."""
     batch = scheduler.schedule()
+    assert isinstance(scheduler.adapters, Shelf)
+    scheduler.adapters.load()
     chosen = [next_token(e.sequence) if token is None else token for e in batch.scheduled]
     sampled = [Sampled(t if e.samples else None) for t, e in zip(chosen, batch.scheduled, strict=True)]
     outputs = scheduler.update(batch, sampled)
@@ -166,6 +182,41 @@ def test_sequences_overtake_one_whose_adapter_is_still_loading() -> None:
     add(scheduler, "base", [3, 4])
     assert step(scheduler)[0] == {"base": (0, 2)}
     assert step(scheduler)[0] == {"base": (2, 3), "adapted": (0, 2)}
+
+
+def test_prompts_that_came_together_are_computed_together_once_their_adapters_are_there() -> None:
+    scheduler = make_scheduler(clock=lambda: MAX_HELD_SECONDS / 2)
+    add(scheduler, "adapted", [1, 2], "a")
+    add(scheduler, "base", [3, 4])
+    assert step(scheduler)[0] == {}
+    assert step(scheduler)[0] == {"base": (0, 2), "adapted": (0, 2)}
+
+
+def test_running_sequences_go_on_while_prompts_are_held_back() -> None:
+    scheduler = make_scheduler(clock=lambda: MAX_HELD_SECONDS / 2)
+    add(scheduler, "running", [1, 2])
+    step(scheduler)
+    add(scheduler, "adapted", [1, 2], "a")
+    add(scheduler, "base", [3, 4])
+    assert step(scheduler)[0] == {"running": (2, 3)}
+    assert step(scheduler)[0] == {"running": (3, 4), "base": (0, 2), "adapted": (0, 2)}
+
+
+def test_prompts_are_held_back_for_a_moment_only() -> None:
+    now = 0.0
+    scheduler = make_scheduler(clock=lambda: now)
+    add(scheduler, "adapted", [1, 2], "a")
+    add(scheduler, "base", [3, 4])
+    assert not scheduler.schedule()
+    now = MAX_HELD_SECONDS
+    assert spans(scheduler.schedule()) == {"base": (0, 2)}
+
+
+def test_prompts_that_fill_a_step_are_not_held_back() -> None:
+    scheduler = make_scheduler(clock=lambda: 0.0, max_num_batched_tokens=4)
+    add(scheduler, "adapted", [1, 2], "a")
+    add(scheduler, "base", [1, 2, 3, 4])
+    assert step(scheduler)[0] == {"base": (0, 4)}
 
 
 def test_overtaking_ends_before_a_waiting_adapter_starves() -> None:
