@@ -1,6 +1,7 @@
 """Compiling chat templates: Jinja as Hugging Face documents it for them, in a sandbox, because they come with models.
 
-The dialect is https://huggingface.co/docs/transformers/chat_templating_writing. It knows neither messages nor tokens.
+The dialect is https://huggingface.co/docs/transformers/chat_templating_writing. Compiling a template computes nothing
+of what is in it, however constant: that is left to whoever renders it. It knows neither messages nor tokens.
 """
 
 import json
@@ -8,9 +9,10 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes, pass_context
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 KEPT_TEMPLATES = 64
@@ -25,7 +27,10 @@ class InvalidTemplate(Exception):
 def compile_template(source: str) -> Template:
     """The template of `source`; raises InvalidTemplate."""
     try:
-        return _environment().from_string(source)
+        tree = _environment().parse(source)
+        if tree.find(nodes.ScopedEvalContextModifier):  # its condition is computed while compiling
+            raise InvalidTemplate("it has an autoescape block, which is for HTML")
+        return _environment().from_string(tree)
     except TemplateError as error:
         raise InvalidTemplate(str(error)) from error
     except (SyntaxError, RecursionError, MemoryError) as error:  # what Python says of code nested too deeply
@@ -35,11 +40,21 @@ def compile_template(source: str) -> Template:
 @lru_cache(maxsize=1)
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_GenerationBlock, loopcontrols],
+        optimized=False,
+        finalize=_as_it_is,
     )
     environment.filters["tojson"] = _tojson
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     return environment
+
+
+@pass_context
+def _as_it_is(_: Context, value: object) -> object:
+    """What is written for a value: itself. Without a function that needs a context, Jinja computes constants early."""
+    return value
 
 
 class _GenerationBlock(Extension):

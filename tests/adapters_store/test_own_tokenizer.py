@@ -309,6 +309,7 @@ class TestBase:
         ({"special_tokens_map.json": "null"}, "special_tokens_map.json should hold a JSON object"),
         ({"chat_template.jinja": "x" * 300_000}, "chat_template.jinja is larger than 262144 bytes"),
         ({"chat_template.jinja": "{% if %}"}, "The chat template is not valid"),
+        ({"chat_template.jinja": "{% autoescape x %}{% endautoescape %}"}, "it has an autoescape block"),
         ({"chat_template.jinja": "{{ x | nothing }}"}, "The chat template is not valid: No filter named 'nothing'"),
         ({"chat_template.jinja": "{% include 'x' %}{% for %}"}, "The chat template is not valid"),
         ({"chat_template.jinja": "{% for a in b %}" * 30 + "{% endfor %}" * 30}, "nested too deeply"),

@@ -13,6 +13,7 @@ from onebase_server.api.body_limit import BodyLimit
 from onebase_server.api.context import Context
 from onebase_server.api.errors import Envelope, install_error_handlers
 from onebase_server.api.publishing import Publisher
+from onebase_server.api.template_processes import TemplateProcesses
 from onebase_server.api.tokenizers import Tokenizers
 from onebase_server.engine.client import EngineClient
 from onebase_server.metrics import Metrics
@@ -24,6 +25,7 @@ def create_app(
     settings: Settings, *, engine: EngineClient, store: AdapterStore, tokenizer: Tokenizer, metrics: Metrics
 ) -> FastAPI:
     """The app; it starts the engine when it starts, and stops it when it stops."""
+    templates = TemplateProcesses()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -32,6 +34,7 @@ def create_app(
             yield
         finally:
             await engine.stop()
+            await templates.stop()
 
     app = FastAPI(
         title="Onebase",
@@ -46,6 +49,7 @@ def create_app(
         engine=engine,
         store=store,
         tokenizers=Tokenizers(tokenizer, store),
+        templates=templates,
         metrics=metrics,
         admission=Admission(settings.max_num_seqs + settings.max_waiting),
         publisher=Publisher(store, engine, metrics, settings.served_name),

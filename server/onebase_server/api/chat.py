@@ -13,7 +13,7 @@ from onebase_server.api.auth import require_api_key
 from onebase_server.api.context import ContextDependency
 from onebase_server.api.generation import Generation, Piece
 from onebase_server.api.logprobs import chat_logprobs
-from onebase_server.api.preparation import encode, pin, prepare
+from onebase_server.api.preparation import encode, pin, prepare, render_chat
 from onebase_server.api.responses import (
     AssistantMessage,
     ChatChoice,
@@ -33,7 +33,8 @@ router = APIRouter(tags=["generation"], dependencies=[Depends(require_api_key)],
 async def create_chat_completion(request: Request, body: ChatCompletionRequest, context: ContextDependency) -> Response:
     """Answer a conversation."""
     async with pin(context, body) as pinned:
-        prompt = pinned.tokenizer.render_chat([message.for_template() for message in body.messages])
+        messages = [message.for_template() for message in body.messages]
+        prompt = await render_chat(context, pinned.tokenizer, messages)
         generation = prepare(
             context,
             pinned,

@@ -9,6 +9,7 @@ from starlette.requests import HTTPConnection
 from onebase_adapters.store import AdapterStore
 from onebase_server.api.admission import Admission
 from onebase_server.api.publishing import Publisher
+from onebase_server.api.template_processes import TemplateProcesses
 from onebase_server.api.tokenizers import Tokenizers
 from onebase_server.engine.client import EngineClient
 from onebase_server.engine.request import Ready
@@ -25,6 +26,7 @@ class Context:
     engine: EngineClient
     store: AdapterStore
     tokenizers: Tokenizers
+    templates: TemplateProcesses
     metrics: Metrics
     admission: Admission
     publisher: Publisher

@@ -1,8 +1,9 @@
 """From a request's fields to a `Generation`: the model resolved and held, prompts checked against it, a place taken."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import anyio.to_thread
 
@@ -42,6 +43,17 @@ async def pin(context: Context, request: GenerationRequest) -> AsyncIterator[Pin
         except AdapterNotFound as error:  # removed since it was resolved
             raise ModelNotFound(f"The model {selection.label} does not exist. {error}", param="model") from error
         yield Pinned(selection, tokenizer, holds)
+
+
+async def render_chat(context: Context, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> str:
+    """The prompt that the chat template makes of `messages`; one that came with an adapter does so in another process.
+
+    Raises:
+        BadRequest: There is no template, or it refuses the messages or takes too much for them.
+    """
+    if tokenizer.own_chat_template is None:
+        return tokenizer.render_chat(messages)
+    return await context.templates.render(tokenizer.own_chat_template, messages, tokenizer.special_tokens)
 
 
 async def encode(tokenizer: Tokenizer, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:

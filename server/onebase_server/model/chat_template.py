@@ -42,6 +42,7 @@ class ChatTemplate:
         except Exception as error:
             # A template is a program that came with a model or an adapter: it may add a string to a content that is a
             # list, divide by zero or call itself for ever, and nothing of that is the server's failure.
+            reason = str(error) or type(error).__name__  # a MemoryError has no text
             raise BadRequest(
-                f"The model's chat template cannot render these messages: {error}", param="messages"
+                f"The model's chat template cannot render these messages: {reason}", param="messages"
             ) from error

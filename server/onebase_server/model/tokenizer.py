@@ -35,10 +35,14 @@ class Tokenizer:
         eos_token_ids: Iterable[int],
         chat_template: ChatTemplate | None,
         special_tokens: Mapping[str, str] = MappingProxyType({}),
+        own_chat_template: str | None = None,
     ) -> None:
         self._backend = backend
         self._chat_template = chat_template
-        self._special_tokens = special_tokens
+        self.special_tokens = special_tokens
+        """What a template can write by name, such as `eos_token`."""
+        self.own_chat_template = own_chat_template
+        """The source of the template, where it came with an adapter and is not to be trusted as the base's is."""
         self.eos_token_ids: tuple[int, ...] = tuple(sorted(eos_token_ids))
         """Tokens that end an answer, ascending."""
 
@@ -78,12 +82,13 @@ class Tokenizer:
             ConfigurationError, InvalidTokenizer: The chat template is not valid, or the tokens are not.
         """
         backend = self._backend if own.tokens is None else load_own_tokens(own.tokens, self._backend.model)
-        special_tokens = self._special_tokens if own.special_tokens is None else own.special_tokens
+        special_tokens = self.special_tokens if own.special_tokens is None else own.special_tokens
         return Tokenizer(
             backend,
             eos_token_ids={*self.eos_token_ids, *_ids_of(backend, special_tokens.get("eos_token"))},
             chat_template=self._chat_template if own.chat_template is None else ChatTemplate(own.chat_template),
             special_tokens=special_tokens,
+            own_chat_template=self.own_chat_template if own.chat_template is None else own.chat_template,
         )
 
     @property
@@ -117,7 +122,7 @@ class Tokenizer:
                 "This model has no chat template, so it cannot chat; use /v1/completions with a prompt instead.",
                 param="messages",
             )
-        variables = {**self._special_tokens, **kwargs}
+        variables = {**self.special_tokens, **kwargs}
         return self._chat_template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
 
     def encode_chat(

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from onebase_server.api.tokenizers import LEAST_BYTES, Tokenizers
+from onebase_server.model.template_process import RENDER_SECONDS
 from onebase_server.settings import Settings
 
 from .conftest import BASE_NAME, CHAT_TEMPLATE, END, ENGINE, LETTERS, RunningServer, run_server, write_peft
@@ -111,6 +114,37 @@ def test_what_the_template_refuses_is_the_requests_fault(server, publish_files):
     publish_files("own-f", {"chat_template.jinja": "{{ 1 // (messages | length - 1) }}"})
     assert "cannot render" in chat(server, "own-f", status=400)["error"]["message"]
     server.wait_until(lambda: server.context.admission.in_flight == 0)
+
+
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_that_never_ends_harms_its_own_requests_only(server, publish_files):
+    publish_files("own-k", {"chat_template.jinja": ENDLESS})
+    publish_files("own-l", {"chat_template.jinja": OWN_TEMPLATE})
+    with ThreadPoolExecutor() as threads:
+        endless = [threads.submit(chat, server, "own-k", 400) for _ in range(2)]
+        started = time.monotonic()
+        while not all(request.done() for request in endless):
+            chat(server, BASE_NAME)
+            chat(server, "own-l")
+        answered = time.monotonic() - started
+    assert answered > RENDER_SECONDS
+    assert all("took more than 2 s" in request.result()["error"]["message"] for request in endless)
+    assert texts(chat(server, "own-l")) == texts(complete(server, "own-l", f"<user>Hi{END}"))
+    server.wait_until(lambda: server.context.admission.in_flight == 0)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ 'a' * 10**10 }}", "MemoryError"),
+        ("{{ 'a' * 5 * 10**6 }}", "made 5,000,000 characters"),
+    ],
+)
+def test_a_template_that_takes_much_memory_is_refused_its_messages(server, publish_files, template, message):
+    publish_files("own-m", {"chat_template.jinja": template})
+    assert message in chat(server, "own-m", status=400)["error"]["message"]
 
 
 def test_parts_of_a_combination_have_to_write_prompts_alike(server, publish_files):
