@@ -35,6 +35,7 @@ struct BlockwiseSlice {
 
 struct BlockwiseGroup {
     static constexpr int64_t BLOCK_K = 64;
+    static constexpr bool HAS_MINIMUMS = false;
     F32x16 codebook() const { return load(values); }
 
     const float* values;  // what codes stand for

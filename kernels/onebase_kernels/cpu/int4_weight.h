@@ -23,6 +23,7 @@ struct Int4Weights {
 template <int64_t TILE_INPUTS>
 struct Int4Group : Int4Weights {
     static constexpr int64_t BLOCK_K = TILE_INPUTS;
+    static constexpr bool HAS_MINIMUMS = true;
     static constexpr float CODES = 16.0f;
 
     // Codes as shares of 16, which bfloat16 and fixed point know exactly.
@@ -54,10 +55,11 @@ public:
         return load(group_.scales + places_(tile)) * Int4Group<BLOCK_K>::CODES;
     }
 
+    F32x16 minimum(int64_t tile) const { return load(group_.minimums + places_(tile)); }
+
     // Turns what the tile's codes stand for into weights.
     auto decoder(int64_t tile) const {
-        const F32x16 minimum = load(group_.minimums + places_(tile));
-        return [scale = (*this)(tile), minimum](F32x16 values) { return values * scale + minimum; };
+        return [scale = (*this)(tile), minimum = minimum(tile)](F32x16 values) { return values * scale + minimum; };
     }
 
 private:

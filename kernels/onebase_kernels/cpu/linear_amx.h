@@ -1,4 +1,4 @@
-// Products of bfloat16 activations and 4-bit weights by AMX, 16 rows at a time.
+// Products of up to 16 rows of bfloat16 and 4-bit weights by AMX; and 4-bit weights as linear_many.h wants them.
 #pragma once
 
 #include <algorithm>
@@ -62,94 +62,7 @@ void multiply_some(const Group& group, int64_t block, const BFloat16* x, int64_t
     for (int64_t i = 0; i < m; i++) store(y + i * group.num_outputs + block * BLOCK_N, total[i]);
 }
 
-// ---- more rows: a tile of weights is decoded once for all of them, and its products are scaled ----------------------
-
-constexpr int64_t MAX_ROW_TILES = 6;  // whose sums the first cache holds
-
-// Up to MAX_ROW_TILES tiles of rows times one or two blocks of outputs. As in multiply_some, decoding runs ahead of the
-// products and scaling behind them.
-template <class Group, int BLOCKS>
-class TileProducts {
-    static constexpr int64_t BLOCK_K = Group::BLOCK_K;
-
-public:
-    // Row tile t lies at x[t]; rows lie num_inputs apart.
-    TileProducts(const Group& group, int64_t block, const BFloat16* const* x, int64_t row_tiles)
-        : k_(group.num_inputs), x_(x), row_tiles_(row_tiles), codebook_(twice((__m256i)narrow(group.codebook()))),
-          codes_{codes(group, block), codes(group, block + BLOCKS - 1)},
-          scales_{{group, block}, {group, block + BLOCKS - 1}} {}
-
-    // The sums before the first product, [16 rows, 16 outputs] of a tile of rows and a block; afterwards, of all.
-    F32x16 (&totals(int64_t row_tile, int64_t block))[M_TILE] { return totals_[row_tile][block]; }
-
-    void run(FetchAhead& fetch) {
-        const int64_t tiles = k_ / BLOCK_K;
-        decode(0);
-        for (int64_t tile = 0; tile < tiles; tile++) {
-            fetch();
-            if (tile + 1 < tiles) decode(tile + 1);
-            for (int64_t row_tile = 0; row_tile < row_tiles_; row_tile += 2) {
-                if (row_tile + 1 < row_tiles_) multiply<2>(tile, row_tile);
-                else multiply<1>(tile, row_tile);
-            }
-        }
-        add_products();
-    }
-
-private:
-    static const uint8_t* codes(const Group& group, int64_t block) {
-        return group.codes + block * (group.num_inputs / BLOCK_K) * TILE_BYTES<Group>;
-    }
-
-    void decode(int64_t tile) {
-        for (int block = 0; block < BLOCKS; block++)
-            decode_tile<Group>(codebook_, codes_[block] + tile * TILE_BYTES<Group>, weights_[tile % 2][block]);
-    }
-
-    // A tile of weights times one tile of rows or two; the products before these are added up meanwhile.
-    template <int ROW_TILES>
-    [[gnu::always_inline]] void multiply(int64_t tile, int64_t row_tile) {
-        using Sums = TileSums<ROW_TILES, BLOCKS>;
-        const auto& weights = weights_[tile % 2];
-        Sums::zero();
-        for (int64_t input = 0; input < BLOCK_K; input += K_TILE) {
-            const int64_t at = tile * BLOCK_K + input, weight = input * BLOCK_N;
-            Sums::add({x_[row_tile] + at, x_[row_tile + 1] + at}, k_, {weights[0] + weight, weights[BLOCKS - 1] + weight});
-        }
-        if (turn_) add_products();
-        if (row_tile == 0)
-            for (int block = 0; block < BLOCKS; block++) scale_[block] = scales_[block](tile);
-        Sums::store(products_[turn_++ % 2]);
-        kept_row_tile_ = row_tile;
-        kept_count_ = ROW_TILES;
-    }
-
-    void add_products() {
-        const auto& products = products_[(turn_ + 1) % 2];
-        for (int i = 0; i < kept_count_; i++)
-            for (int block = 0; block < BLOCKS; block++) {
-                auto& totals = totals_[kept_row_tile_ + i][block];
-#pragma GCC unroll 16
-                for (int row = 0; row < M_TILE; row++)
-                    totals[row] += load(products[i][block] + row * BLOCK_N) * scale_[block];
-            }
-    }
-
-    const int64_t k_;
-    const BFloat16* const* x_;
-    const int64_t row_tiles_;
-    const __m512i codebook_;
-    const uint8_t* const codes_[2];
-    Scales<Group> scales_[2];
-    F32x16 scale_[BLOCKS];
-    int64_t turn_ = 0, kept_row_tile_ = 0;
-    int kept_count_ = 0;
-    alignas(64) BFloat16 weights_[2][BLOCKS][BLOCK_K * BLOCK_N];
-    alignas(64) float products_[2][2][BLOCKS][C_TILE];
-    F32x16 totals_[MAX_ROW_TILES][BLOCKS][M_TILE];
-};
-
-// ---- many rows, for which weights are decoded and scaled once --------------------------------------------------------
+// ---- many rows -------------------------------------------------------------------------------------------------------
 
 // 32 inputs as a right-hand tile of weights; `decoder` makes these of what codes stand for.
 template <class Decoder>

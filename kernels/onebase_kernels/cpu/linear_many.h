@@ -41,40 +41,47 @@ inline void order_tiles(const BFloat16* matrix, int64_t rows, int64_t k, BFloat1
     }
 }
 
-// The sums of one or two tiles of rows times one or two blocks of outputs, in AMX's registers 0 to 3; its operands are
-// constants, hence the spelled out cases.
-template <int ROW_TILES, int BLOCKS>
+// The sums of one or two left tiles times one or two right ones, in AMX's registers 0 to 3; its operands are constants, hence
+// the spelled out cases.
+template <int LEFTS, int RIGHTS>
 struct TileSums {
     static void zero() {
         _tile_zero(0);
-        if constexpr (BLOCKS > 1) _tile_zero(1);
-        if constexpr (ROW_TILES > 1) _tile_zero(2);
-        if constexpr (ROW_TILES > 1 && BLOCKS > 1) _tile_zero(3);
+        if constexpr (RIGHTS > 1) _tile_zero(1);
+        if constexpr (LEFTS > 1) _tile_zero(2);
+        if constexpr (LEFTS > 1 && RIGHTS > 1) _tile_zero(3);
     }
 
-    // 32 inputs more: x[row tile], whose rows lie k apart, times weights[block], right-hand tiles.
-    [[gnu::always_inline]] static void add(const BFloat16* const (&x)[2], int64_t k, const BFloat16* const (&weights)[2]) {
-        _tile_loadd(4, x[0], 2 * k);
-        _tile_loadd(6, weights[0], 64);
+    // 32 inputs more, of left tiles whose rows lie `left_stride` apart.
+    [[gnu::always_inline]] static void add(const BFloat16* const (&left)[2], int64_t left_stride,
+                                           const BFloat16* const (&right)[2]) {
+        _tile_loadd(4, left[0], 2 * left_stride);
+        _tile_loadd(6, right[0], 64);
         _tile_dpbf16ps(0, 4, 6);
-        if constexpr (BLOCKS > 1) {
-            _tile_loadd(7, weights[1], 64);
+        if constexpr (RIGHTS > 1) {
+            _tile_loadd(7, right[1], 64);
             _tile_dpbf16ps(1, 4, 7);
         }
-        if constexpr (ROW_TILES > 1) {
-            _tile_loadd(5, x[1], 2 * k);
+        if constexpr (LEFTS > 1) {
+            _tile_loadd(5, left[1], 2 * left_stride);
             _tile_dpbf16ps(2, 5, 6);
         }
-        if constexpr (ROW_TILES > 1 && BLOCKS > 1) _tile_dpbf16ps(3, 5, 7);
+        if constexpr (LEFTS > 1 && RIGHTS > 1) _tile_dpbf16ps(3, 5, 7);
     }
 
-    // To [row tile][block], which can be loaded only long after.
-    template <int MOST_BLOCKS>
-    static void store(float (&to)[2][MOST_BLOCKS][C_TILE]) {
+    // To [left][right], which can be loaded only long after.
+    static void store(float (&to)[2][2][C_TILE]) {
         _tile_stored(0, to[0][0], 64);
-        if constexpr (BLOCKS > 1) _tile_stored(1, to[0][1], 64);
-        if constexpr (ROW_TILES > 1) _tile_stored(2, to[1][0], 64);
-        if constexpr (ROW_TILES > 1 && BLOCKS > 1) _tile_stored(3, to[1][1], 64);
+        if constexpr (RIGHTS > 1) _tile_stored(1, to[0][1], 64);
+        if constexpr (LEFTS > 1) _tile_stored(2, to[1][0], 64);
+        if constexpr (LEFTS > 1 && RIGHTS > 1) _tile_stored(3, to[1][1], 64);
+    }
+
+    static void load(const float (&from)[2][2][C_TILE]) {
+        _tile_loadd(0, from[0][0], 64);
+        if constexpr (RIGHTS > 1) _tile_loadd(1, from[0][1], 64);
+        if constexpr (LEFTS > 1) _tile_loadd(2, from[1][0], 64);
+        if constexpr (LEFTS > 1 && RIGHTS > 1) _tile_loadd(3, from[1][1], 64);
     }
 };
 

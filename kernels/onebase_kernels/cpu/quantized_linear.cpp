@@ -1,7 +1,8 @@
-// Quantised weights × activations, fused: codes are decoded in registers and never written to memory as a weight matrix.
+// Quantised weights × activations, fused: of a decoded weight matrix there is never more than a cache holds.
 //
-// fp32 is computed in fp32 throughout. For bfloat16 the codebook is rounded to bfloat16 first. A tile has one scale for
-// each output, so products are summed over a tile first and scaled then, in fp32.
+// fp32 is computed in fp32 throughout. For up to 16 rows of bfloat16 the codebook is rounded to bfloat16 first, and as a
+// tile has one scale for each output, products are summed over a tile first and scaled then, in fp32. For more rows what
+// codes stand for is scaled first, and rounded to bfloat16 then.
 
 #include <vector>
 
@@ -16,6 +17,7 @@
 #endif
 #if defined(__AMX_BF16__)
 #include "linear_amx.h"
+#include "linear_tables.h"
 #endif
 
 namespace onebase {
@@ -103,10 +105,9 @@ void linear_pairs(const Group& group, const BFloat16* x, int64_t m, const BFloat
 #endif
 
 #if defined(__AMX_BF16__)
-constexpr int64_t FEW = 2;    // up to so many rows, fixed point is faster than AMX
-constexpr int64_t SOME = 16;  // up to so many, sums stay in registers
-constexpr int64_t MORE = 96;  // up to so many, scaling products is faster than scaling weights
-static_assert(MORE <= MAX_ROW_TILES * M_TILE);
+constexpr int64_t FEW = 2;     // up to so many rows, fixed point is faster than AMX
+constexpr int64_t SOME = 16;   // up to so many, scaling products is faster than scaling weights
+constexpr int64_t MORE = 192;  // up to so many, weights from tables are worth the order that x needs
 
 template <class Group, class Y>
 void linear_some(const Group& group, const RowTiles& rows, const BFloat16* bias, Y* y) {
@@ -118,36 +119,6 @@ void linear_some(const Group& group, const RowTiles& rows, const BFloat16* bias,
             multiply_some(group, block, rows.rest ? rows.last.data() : rows.x, m, starts, fetch, y);
     });
 }
-
-template <class Group, class Y>
-void linear_more(const Group& group, const RowTiles& rows, const BFloat16* bias, Y* y) {
-    const int64_t k = group.num_inputs, n = group.num_outputs, m = rows.whole + rows.rest;
-    const Starts<Group, BFloat16> starts(group, rows.x, m, bias);
-    const BFloat16* x[MAX_ROW_TILES + 1] = {};
-    int64_t row_tiles = 0;
-    for (int64_t row = 0; row < rows.whole; row += M_TILE) x[row_tiles++] = rows.x + row * k;
-    if (rows.rest) x[row_tiles++] = rows.last.data();
-    const auto multiply = [&]<int BLOCKS>(int64_t block, FetchAhead& fetch) {
-        TileProducts<Group, BLOCKS> products(group, block, x, row_tiles);
-        for (int64_t tile = 0; tile < row_tiles; tile++)
-            for (int i = 0; i < BLOCKS; i++) starts.set(products.totals(tile, i), block + i, tile * M_TILE);
-        products.run(fetch);
-        for (int64_t row = 0; row < m; row++) {
-            const auto total = [&](int i) { return products.totals(row / M_TILE, i)[row % M_TILE]; };
-            Y* to = y + row * n + block * BLOCK_N;
-            if constexpr (BLOCKS == 2) store_two(to, total(0), total(1));
-            else store(to, total(0));
-        }
-    };
-    const int64_t blocks = n / BLOCK_N, pairs = (blocks + 1) / 2;
-    parallel_with_side_path(pairs, rows.x, k / Group::BLOCK_K, [&](int64_t first, int64_t last, FetchAhead& fetch) {
-        const Tiles tiles;
-        for (int64_t pair = first; pair < last; pair++) {
-            if (2 * pair + 1 < blocks) multiply.template operator()<2>(2 * pair, fetch);
-            else multiply.template operator()<1>(2 * pair, fetch);
-        }
-    });
-}
 #endif
 
 template <class Group, class X, class Y>
@@ -155,8 +126,8 @@ void linear(const Group& group, const X* x, int64_t m, const X* bias, Y* y) {
 #if defined(__AVX512BF16__)
     if constexpr (sizeof(X) == sizeof(BFloat16)) {
 #if defined(__AMX_BF16__)
-        if (m > MORE) return linear_many(group, RowTiles(x, m, group.num_inputs), bias, y);
-        if (m > SOME) return linear_more(group, RowTiles(x, m, group.num_inputs), bias, y);
+        if (m > SOME && m <= MORE && group.num_inputs % TABLE_INPUTS == 0) return linear_tables(group, x, m, bias, y);
+        if (m > SOME) return linear_many(group, RowTiles(x, m, group.num_inputs), bias, y);
         if (m > FEW) return linear_some(group, RowTiles(x, m, group.num_inputs), bias, y);
 #endif
         return linear_pairs(group, x, m, bias, y);
