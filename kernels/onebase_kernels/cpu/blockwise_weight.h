@@ -95,7 +95,7 @@ public:
         if (!group_.quant_map) return load(static_cast<const float*>(group_.scales) + at);
         if (tile % NESTED_BLOCK == 0 && tile) enter_nested_block(int32_t(tile));
         const U8x16 codes = load_raw<U8x16>(static_cast<const uint8_t*>(group_.scales) + at);
-        const F32x16 values = gather(group_.quant_map, __builtin_convertvector(codes, I32x16));
+        const F32x16 values = gather(group_.quant_map, (I32x16)widen_integers(codes));
         return values * (change_ > int32_t(tile) ? before_ : after_) + slice_->offset;
     }
 

@@ -94,13 +94,14 @@ template <class Y>
 struct Products {
     alignas(64) float sums[2][2][C_TILE];  // of each tile of rows and each block
     int64_t rows = 0, blocks = 0;
-    const BFloat16* bias;  // at the first output, or null
-    Y* y;                  // at the first row and output
+    const BFloat16* bias = nullptr;  // at the first output
+    Y* y;                            // at the first row and output
 
     void finish(int64_t first, int64_t last, int64_t y_stride) const {
+        const F32x16 biases[2] = {load_bias(bias, 0), load_bias(bias, blocks - 1)};
         for (int64_t row = first; row < std::min(last, rows); row++) {
             const auto total = [&](int64_t block) {
-                return load(sums[row / M_TILE][block] + row % M_TILE * BLOCK_N) + load_bias(bias, block);
+                return load(sums[row / M_TILE][block] + row % M_TILE * BLOCK_N) + biases[block];
             };
             if (blocks == 2) store_two(y + row * y_stride, total(0), total(1));
             else store(y + row * y_stride, total(0));

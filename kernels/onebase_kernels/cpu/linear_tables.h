@@ -165,8 +165,9 @@ struct TurnedSums {
             std::memcpy(totals[block], sums[block][row_tile], sizeof totals[block]);
             transpose(totals[block]);
         }
+        const F32x16 biases[2] = {load_bias(bias, 0), load_bias(bias, blocks - 1)};
         for (int64_t row = first; row < last; row++) {
-            const auto total = [&](int64_t block) { return (F32x16)totals[block][row - first] + load_bias(bias, block); };
+            const auto total = [&](int64_t block) { return (F32x16)totals[block][row - first] + biases[block]; };
             if (blocks == 2) store_two(y + row * y_stride, total(0), total(1));
             else store(y + row * y_stride, total(0));
         }

@@ -40,7 +40,23 @@ inline Vector load_raw(const T* from) {
 
 inline F32x16 broadcast(float value) { return F32x16{} + value; }
 
-inline F32x16 widen(U16x16 bits) { return (F32x16)(__builtin_convertvector(bits, U32x16) << 16); }
+// GCC widens a vector half by half.
+inline U32x16 widen_integers(U16x16 v) {
+#if defined(__AVX512F__)
+    return (U32x16)_mm512_cvtepu16_epi32((__m256i)v);
+#else
+    return __builtin_convertvector(v, U32x16);
+#endif
+}
+inline U32x16 widen_integers(U8x16 v) {
+#if defined(__AVX512F__)
+    return (U32x16)_mm512_cvtepu8_epi32((__m128i)v);
+#else
+    return __builtin_convertvector(v, U32x16);
+#endif
+}
+
+inline F32x16 widen(U16x16 bits) { return (F32x16)(widen_integers(bits) << 16); }
 
 // Rounds to nearest, ties to even, as torch does.
 inline U16x16 narrow(F32x16 v) {
@@ -143,8 +159,21 @@ inline F32x16 sums(const F32x16 (&vectors)[16]) {
            __builtin_shufflevector(two[0], two[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
 }
 
-inline F32x16 max(F32x16 a, F32x16 b) { return a > b ? a : b; }
-inline F32x16 min(F32x16 a, F32x16 b) { return a < b ? a : b; }
+// b where a is not a number, which is how the machine's own have it too.
+inline F32x16 max(F32x16 a, F32x16 b) {
+#if defined(__AVX512F__)
+    return (F32x16)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+inline F32x16 min(F32x16 a, F32x16 b) {
+#if defined(__AVX512F__)
+    return (F32x16)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+    return a < b ? a : b;
+#endif
+}
 
 // 1 / x, but for the last bit.
 inline F32x16 reciprocal(F32x16 x) {
