@@ -33,6 +33,8 @@ class Matrix(NamedTuple):
     scale: float = 1.0
     """What it is multiplied by, before it is rounded to the target's dtype."""
     is_transposed: bool = False
+    scales: int | None = None
+    """Where the fp32 scales of its rows begin, if it is to be kept in 8 bits: by numbers of the target, as `offset`."""
 
 
 class FileMatrix(NamedTuple):
@@ -46,12 +48,13 @@ class FileMatrix(NamedTuple):
     offset: int
     scale: float = 1.0
     is_transposed: bool = False
+    scales: int | None = None
 
     def of(self, file: Tensor) -> Matrix:
         """The matrix of a file that is given as its bytes."""
         end = self.start + self.rows * self.columns * self.dtype.itemsize
         source = file[self.start : end].view(self.dtype).view(self.rows, self.columns)
-        return Matrix(source, self.offset, self.scale, self.is_transposed)
+        return Matrix(source, self.offset, self.scale, self.is_transposed, self.scales)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +78,8 @@ class LoraBatch:
     """No adapter of the step has more ranks at one place, all slices together; None, and the device has to be asked."""
     alignment: int = 1
     """What every offset in the table is a multiple of: a power of two, for rows to be read in whole vectors."""
+    is_int8: bool = False
+    """Whether all A and B are kept in 8 bits."""
 
     @classmethod
     def empty(cls, dtype: torch.dtype, device: torch.device) -> "LoraBatch":

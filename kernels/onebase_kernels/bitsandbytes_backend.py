@@ -28,7 +28,7 @@ def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequenc
         # On the CPU a bf16 product costs some 20 µs before it starts, more than a few rows take in fp32.
         is_short = x.device.type == "cpu" and stop - start <= _FEW_ROWS
         compute_dtype = torch.float32 if is_short else x.dtype
-        reference.add_adapter_(y[start:stop], x[start:stop], lora.arena, lora.table[place, slot], widths, compute_dtype)
+        reference.add_adapter_(y[start:stop], x[start:stop], lora, lora.table[place, slot], widths, compute_dtype)
 
 
 def head_logits(hidden: Tensor, head: Tensor | PackedWeights) -> Tensor:

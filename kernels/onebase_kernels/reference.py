@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from onebase_kernels import int8_matrices
 from onebase_kernels.batch import (
     AttentionBatch,
     FilePlan,
@@ -114,17 +115,27 @@ def add_lora_(y: Tensor, x: Tensor, lora: LoraBatch, place: int, widths: Sequenc
     that is near 0, where bfloat16 is finer than near 1. Rank 0 is a slice without a low-rank update; rows of y in no
     segment are not touched. `started` is what `start_lora` returned for the same x and place. (LoRA, arXiv 2106.09685;
     the batched form is Punica's, arXiv 2310.18547.)
+
+    Where `lora.is_int8`, A and the Bᵢ are bytes that stand for `scale · (byte − 128)`, with a scale for each of their
+    rows: at `offset`, a multiple of 64 bytes, lie the fp32 scales of A, [Σrᵢ], and of all Bᵢ, [Σrᵢ], filled up to
+    whole 64 bytes, then the bytes of A and the Bᵢ, then gains and shifts as above. K and all widths are multiples of 4.
     """
     for slot, start, stop in lora.segments:
-        add_adapter_(y[start:stop], x[start:stop], lora.arena, lora.table[place, slot], widths, torch.float32)
+        add_adapter_(y[start:stop], x[start:stop], lora, lora.table[place, slot], widths, torch.float32)
 
 
 def copy_matrices_(target: Tensor, matrices: Sequence[Matrix]) -> None:
-    """Lay an adapter's matrices out in `target` [E] on the host: each at its offset, scaled and turned as it says."""
-    for source, offset, scale, is_transposed in matrices:
+    """Lay an adapter's matrices out in `target` [E] on the host: each at its offset, scaled and turned as it says.
+
+    One that has `scales` becomes bytes, by the largest magnitude of each of its rows.
+    """
+    for source, offset, scale, is_transposed, scales in matrices:
         matrix = source.float() * scale if scale != 1 else source
         matrix = matrix.T if is_transposed else matrix
-        target[offset : offset + matrix.numel()].view(matrix.shape).copy_(matrix)
+        if scales is None:
+            target[offset : offset + matrix.numel()].view(matrix.shape).copy_(matrix)
+        else:
+            int8_matrices.encode_(target, offset, scales, matrix)
 
 
 def copy_file_matrices_(target: Tensor, file: Tensor, plan: FilePlan) -> None:
@@ -133,29 +144,39 @@ def copy_file_matrices_(target: Tensor, file: Tensor, plan: FilePlan) -> None:
 
 
 def add_adapter_(
-    y: Tensor, x: Tensor, arena: Tensor, row: Tensor, widths: Sequence[int], compute_dtype: torch.dtype
+    y: Tensor, x: Tensor, lora: LoraBatch, row: Tensor, widths: Sequence[int], compute_dtype: torch.dtype
 ) -> None:
     """`add_lora_` for rows that all use the adapter at one row of the table, the products taken in `compute_dtype`."""
-    in_features = x.shape[1]
     offset, *ranks, epilogues = row.tolist()
     if not any(ranks) and not epilogues:
         return
-    end = offset + sum(ranks) * in_features
-    lora_a = arena[offset:end].view(sum(ranks), in_features)
-    shrunk = x.to(compute_dtype) @ lora_a.to(compute_dtype).T
+    lora_a, lora_b, end = _matrices_at(lora, offset, ranks, x.shape[1], widths)
+    shrunk = torch.split(x.to(compute_dtype) @ lora_a.to(compute_dtype).T, ranks[: len(widths)], dim=1)
     slices = torch.split(y, list(widths), dim=1)
-    first = 0
-    for rank, width, part in zip(ranks, widths, slices, strict=False):  # fewer than three slices leave ranks unused
-        if rank:
-            lora_b = arena[end : end + rank * width].view(rank, width)
-            part += shrunk[:, first : first + rank] @ lora_b.to(compute_dtype)
-            end += rank * width
-        first += rank
+    for part, shrunk_part, matrix in zip(slices, shrunk, lora_b, strict=True):
+        part += shrunk_part @ matrix.to(compute_dtype)
     for index, (width, part) in enumerate(zip(widths, slices, strict=True)):
         if epilogues >> index & 1:
-            gain, shift = arena[end : end + 2 * width].view(2, width).to(compute_dtype)
+            gain, shift = lora.arena[end : end + 2 * width].view(2, width).to(compute_dtype)
             part += part * gain + shift
             end += 2 * width
+
+
+def _matrices_at(
+    lora: LoraBatch, offset: int, ranks: list[int], in_features: int, widths: Sequence[int]
+) -> tuple[Tensor, list[Tensor], int]:
+    """A of all slices, each slice's B, and where what follows them begins."""
+    arena, total_rank = lora.arena, sum(ranks)
+    start = offset + (int8_matrices.scales_size(total_rank, arena.dtype) if lora.is_int8 else 0)
+    matrices = []
+    for shape in ((total_rank, in_features), *zip(ranks, widths, strict=False)):  # which leaves some ranks unused
+        matrices.append(int8_matrices.part(arena, start, shape, torch.uint8 if lora.is_int8 else arena.dtype))
+        start += matrices[-1].nbytes // arena.itemsize
+    if lora.is_int8:
+        of_a, of_b = int8_matrices.part(arena, offset, (2, total_rank), torch.float32)
+        scales = (of_a, *of_b.split(ranks[: len(widths)]))
+        matrices = list(map(int8_matrices.decode, matrices, scales))
+    return matrices[0], matrices[1:], start
 
 
 def write_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> None:

@@ -18,6 +18,9 @@ from pydantic_settings import (
 QuantizationName = Literal["nf4", "fp4", "int4", "int8", "none"]
 """How the linears of an unquantised checkpoint are kept."""
 
+AdapterQuantizationName = Literal["none", "int8"]
+"""How the matrices of low-rank adapters are kept on the device."""
+
 KernelsName = Literal["auto", "cpu", "triton", "bitsandbytes", "reference"]
 """A back end of onebase_kernels, or the fastest that can run."""
 
@@ -39,6 +42,11 @@ class EngineSettings(BaseModel):
     )
     group_size: int = Field(
         64, description="With int4: how many inputs share a scale and a minimum, 32, 64 or 128 (4.75 bits a parameter)."
+    )
+    adapter_quantization: AdapterQuantizationName = Field(
+        "none",
+        description="How adapters' A and B are kept on the device: in the compute dtype, or in 8 bits with a scale for "
+        "each rank, half as large.",
     )
     quantize_head: bool = Field(False, description="Keep the output head in NF4 too: less to read, coarser logits.")
     screen_head: bool = Field(

@@ -209,7 +209,7 @@ def make_engine(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> M
     """An engine on the small base in NF4 and fp32; keyword arguments are settings."""
     cache_dir = tmp_path_factory.getbasetemp() / "cache"
 
-    def make(backend: BackendName | Literal["auto"] = "auto", **overrides: int) -> Engine:
+    def make(backend: BackendName | Literal["auto"] = "auto", **overrides: int | str) -> Engine:
         use_backend(backend)
         settings = EngineSettings.model_validate(
             {"base": str(small_base), "cache_dir": cache_dir, "dtype": "float32", "device": "cpu", "block_size": 4}
@@ -225,7 +225,7 @@ def make_engine(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> M
 def make_family_engine(tmp_path: Path) -> MakeEngine:
     """An engine on `tmp_path/base` in NF4 and fp32; keyword arguments are settings."""
 
-    def make(backend: BackendName | Literal["auto"] = "auto", **overrides: int) -> Engine:
+    def make(backend: BackendName | Literal["auto"] = "auto", **overrides: int | str) -> Engine:
         use_backend(backend)
         settings = EngineSettings.model_validate(
             {"base": str(tmp_path / "base"), "cache_dir": tmp_path / "cache", "dtype": "float32", "device": "cpu"}

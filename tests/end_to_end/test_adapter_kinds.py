@@ -40,7 +40,7 @@ from onebase_server.settings import EngineSettings
 
 from ..random_numbers import randomize
 from .conftest import SMALL, Oracle, load_nf4, publish
-from .test_mixed_batch import assert_like_oracle, prompt_of, run, submit
+from .test_mixed_batch import ANSWER, assert_like_oracle, first_logprobs, prompt_of, run, submit
 
 ATTENTION_AND_DOWN = ["q_proj", "k_proj", "o_proj", "down_proj"]
 GROUP_SIZE = 16
@@ -161,7 +161,7 @@ def kinds(
 
 
 def start_engine(
-    base: Path, tmp_path_factory: pytest.TempPathFactory, backend: BackendName | None = None, **overrides: int
+    base: Path, tmp_path_factory: pytest.TempPathFactory, backend: BackendName | None = None, **overrides: int | str
 ) -> Engine:
     """An engine on the base in NF4 and fp32; `overrides` are settings."""
     use_backend(backend or "auto")
@@ -193,6 +193,19 @@ def test_a_mixed_batch_of_all_kinds_says_what_peft_says_of_each(
     outputs = run(engine)
     for row, adapter in rows.items():
         assert_like_oracle(outputs[row], row, oracle_of(row) if adapter else None, kinds_oracle)
+
+
+def test_every_kind_is_near_what_peft_says_with_its_matrices_in_8_bits(
+    biased_base: Path, kinds: dict[str, AdapterRef], kinds_oracle: Oracle, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    engine = start_engine(biased_base, tmp_path_factory, adapter_quantization="int8")
+    for kind, adapter in kinds.items():
+        submit(engine, kind, adapter)
+    outputs = run(engine)
+    for kind in kinds:
+        _, expected = kinds_oracle.answer(tuple(prompt_of(kind)), oracle_of(kind), ANSWER)
+        error = (first_logprobs(outputs[kind]) - expected[0]).norm() / expected[0].norm()
+        assert error < 2e-2, f"{kind}: relative error {error:.1e}"
 
 
 def test_each_kind_says_alone_what_peft_says(

@@ -115,6 +115,28 @@ def test_the_other_back_ends_say_the_same(
         assert_like_oracle(outputs[row], row, adapter, oracle)
 
 
+def first_logprobs(outputs: list[TokenOutput]) -> torch.Tensor:
+    """Of all tokens, after the prompt."""
+    report = next(report for output in outputs for report in output.logprobs or ())
+    return torch.tensor([logprob for _, logprob in sorted(report.top)])
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_adapters_in_8_bits_stay_near_the_oracle_and_say_the_same_alone_and_in_a_batch(
+    backend: BackendName, make_engine: MakeEngine, adapters: dict[str, AdapterRef], oracle: Oracle
+) -> None:
+    engine = make_engine(backend, adapter_quantization="int8")
+    submit_all(engine, adapters)
+    together = run(engine)
+    for row, adapter in ROWS:
+        submit(engine, row, adapters[adapter] if adapter else None)
+        alone = run(engine)[row]
+        assert [output.token_ids for output in alone] == [output.token_ids for output in together[row]], row
+        _, expected = oracle.answer(tuple(prompt_of(row)), adapter, ANSWER)
+        error = (first_logprobs(together[row]) - expected[0]).norm() / expected[0].norm()
+        assert error < (2e-2 if adapter in ADAPTERS else 1e-4), f"{row}: relative error {error:.1e}"
+
+
 def test_prefix_cache_hits_change_nothing(
     make_engine: MakeEngine, adapters: dict[str, AdapterRef], oracle: Oracle
 ) -> None:

@@ -103,12 +103,14 @@ def answers(base: Path, adapters: Sequence[AdapterRef | None], **where: str) -> 
         kernels.use_backend("reference")
 
 
+@pytest.mark.parametrize("adapter_quantization", ["none", "int8"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-3), ("bfloat16", 0.3)])
 def test_the_engine_says_what_the_reference_says(
-    base: Path, adapters: list[AdapterRef], dtype: str, tolerance: float
+    base: Path, adapters: list[AdapterRef], dtype: str, tolerance: float, adapter_quantization: str
 ) -> None:
-    expected = answers(base, [None, *adapters], device="cpu", kernels="reference", dtype=dtype)
-    found = answers(base, [None, *adapters], device="cuda", kernels="triton", dtype=dtype)
+    alike = {"dtype": dtype, "adapter_quantization": adapter_quantization}
+    expected = answers(base, [None, *adapters], device="cpu", kernels="reference", **alike)
+    found = answers(base, [None, *adapters], device="cuda", kernels="triton", **alike)
     assert found.keys() == expected.keys()
     for request, tokens in expected.items():
         assert len(tokens) == len(found[request]) == 12

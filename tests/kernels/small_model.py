@@ -34,9 +34,15 @@ class SmallModel:
         cache = torch.full((2, LAYERS, BLOCKS, BLOCK_SIZE, KV_HEADS, HEAD_DIM), torch.nan).to(dtype)
         self.k_caches, self.v_caches = cache
         self.arena = torch.randn(2000).to(dtype)
+        self.adapters_are_int8 = False
         self.adapters = torch.tensor(
             [[[0, 2, 0, 1, 0b010], [600, 1, 1, 1, 0b101]], [[1150, 0, 1, 0, 0], [1300, 3, 0, 0, 0b001]]]
         )
+
+    def keep_adapters_in_8_bits(self) -> None:
+        """Take the arena's numbers, of fp32, for bytes and their scales; these are small then."""
+        self.adapters_are_int8 = True
+        self.arena *= 1e-3
 
     def packed(self, outputs: int, inputs: int) -> kernels.PackedWeights:
         return kernels.pack_quantized([self.quantize(torch.randn(outputs, inputs) / 8)])
@@ -89,7 +95,7 @@ class SmallModel:
             slot_mapping=torch.tensor(slots),
         )
         numbers = [position for of_request in positions for position in of_request]
-        lora = LoraBatch(self.arena, self.adapters, tuple(segments), max_rank=3)
+        lora = LoraBatch(self.arena, self.adapters, tuple(segments), max_rank=3, is_int8=self.adapters_are_int8)
         return StepInputs(torch.tensor(tokens), torch.tensor(numbers), attention, lora)
 
     def largest_step(self) -> StepInputs:

@@ -13,6 +13,7 @@ from onebase_kernels import (
     QuantizedWeight,
     Segment,
     dequantize,
+    int8_matrices,
     quantize_fp4,
     quantize_int4,
     quantize_int8,
@@ -122,37 +123,71 @@ class Arena:
         widths: Sequence[int],
         adapters: Sequence[Sequence[int]],
         epilogues: Sequence[int] = (0,) * 4,
+        *,
+        is_int8: bool = False,
     ) -> None:
         """The ranks of each adapter's slices, and which of them have an epilogue: a bit for each."""
-        self.in_features, self.widths = in_features, widths
+        self.widths, self.adapters, self.bits, self.is_int8 = widths, adapters, epilogues, is_int8
         self.pairs: list[Pairs] = []
         self.epilogues: list[Pairs] = []
-        chunks, rows, offset = [torch.full((5,), torch.nan)], [], 5
         for slot, ranks in enumerate(adapters):
-            pairs: Pairs = [
-                (random(rank, in_features, seed=slot), random(width, rank, seed=slot + 100)) if rank else None
-                for rank, width in zip(ranks, widths, strict=True)
-            ]
-            numbers = [a.flatten() for a, _ in filter(None, pairs)] + [b.T.flatten() for _, b in filter(None, pairs)]
-            vectors: Pairs = [
-                (0.3 * random(width, seed=slot + 200), random(width, seed=slot + 300))
-                if epilogues[slot] >> i & 1
-                else None
-                for i, width in enumerate(widths)
-            ]
-            numbers += [vector for pair in filter(None, vectors) for vector in pair]
-            rows.append([offset, *ranks, *[0] * (3 - len(ranks)), epilogues[slot]])
-            chunks += [*numbers, torch.full((3,), torch.nan)]
-            offset += sum(map(len, numbers)) + 3
-            self.pairs.append(pairs)
-            self.epilogues.append(vectors)
-        self.numbers = torch.cat(chunks)
-        self.table = torch.tensor(rows, dtype=torch.int64)
+            self.pairs.append(
+                [
+                    (
+                        self._kept(random(rank, in_features, seed=slot)),
+                        self._kept(random(rank, width, seed=slot + 100)).T,
+                    )
+                    if rank
+                    else None
+                    for rank, width in zip(ranks, widths, strict=True)
+                ]
+            )
+            self.epilogues.append(
+                [
+                    (0.3 * random(width, seed=slot + 200), random(width, seed=slot + 300))
+                    if epilogues[slot] >> i & 1
+                    else None
+                    for i, width in enumerate(widths)
+                ]
+            )
 
     def batch(self, dtype: torch.dtype, segments: Sequence[Segment]) -> LoraBatch:
         """A step's side path, with the group at the second of three places."""
-        nowhere = torch.full_like(self.table, -1)
-        return LoraBatch(self.numbers.to(dtype), torch.stack([nowhere, self.table, nowhere]), tuple(segments))
+        lead = int8_matrices.LINE_BYTES // dtype.itemsize if self.is_int8 else 5
+        chunks, rows, offset = [torch.full((lead,), torch.nan, dtype=dtype)], [], lead
+        for slot, ranks in enumerate(self.adapters):
+            matrices = self._numbers(slot, dtype)
+            vectors = [vector.to(dtype) for pair in filter(None, self.epilogues[slot]) for vector in pair]
+            size = sum(map(len, (*matrices, *vectors)))
+            gap = -size % lead if self.is_int8 else 3
+            rows.append([offset, *ranks, *[0] * (3 - len(ranks)), self.bits[slot]])
+            chunks += [*matrices, *vectors, torch.full((gap,), torch.nan, dtype=dtype)]
+            offset += size + gap
+        table = torch.tensor(rows, dtype=torch.int64)
+        nowhere = torch.full_like(table, -1)
+        tables = torch.stack([nowhere, table, nowhere])
+        return LoraBatch(torch.cat(chunks), tables, tuple(segments), is_int8=self.is_int8)
+
+    def _kept(self, matrix: Tensor) -> Tensor:
+        """What is left of a matrix in 8 bits, if it is kept so: its numbers times its rows' largest, over 127."""
+        if not self.is_int8:
+            return matrix
+        scales = matrix.abs().amax(dim=1, keepdim=True) / 127
+        return scales * (matrix / scales).round()
+
+    def _numbers(self, slot: int, dtype: torch.dtype) -> list[Tensor]:
+        """All that lies before a slot's epilogues."""
+        pairs = list(filter(None, self.pairs[slot]))
+        matrices = [a for a, _ in pairs] + [b.T for _, b in pairs]
+        if not self.is_int8 or not pairs:
+            return [matrix.to(dtype).flatten() for matrix in matrices]
+        scales = torch.cat([matrix.abs().amax(dim=1) / 127 for matrix in matrices])
+        filling = torch.full((-len(scales) % 16,), torch.nan)
+        codes = [(matrix * (127 / matrix.abs().amax(dim=1, keepdim=True))).round() + 128 for matrix in matrices]
+        return [
+            torch.cat([scales, filling]).view(dtype),
+            *(matrix.to(torch.uint8).flatten().view(dtype) for matrix in codes),
+        ]
 
     def add_to(self, y: Tensor, x: Tensor, segments: Sequence[Segment]) -> None:
         """The side path, after whatever made y."""
@@ -183,13 +218,19 @@ SEGMENTS = {
 }
 
 
+IN_8_BITS = pytest.mark.parametrize("is_int8", [False, True], ids=["dense", "int8"])
+
+
+@IN_8_BITS
 @pytest.mark.parametrize("popularity", SEGMENTS)
 @pytest.mark.parametrize("group", GROUPS)
-def test_each_row_gets_its_own_adapter_and_others_are_untouched(backend: str, group: str, popularity: str) -> None:
+def test_each_row_gets_its_own_adapter_and_others_are_untouched(
+    backend: str, group: str, popularity: str, is_int8: bool
+) -> None:
     widths, segments = GROUPS[group], SEGMENTS[popularity]
     # Ranks mix between adapters and between the slices of one adapter, empty slices and a wholly empty one included.
     adapters = [[RANKS[(slot + i) % 4] for i in range(len(widths))] for slot in range(4)]
-    arena = Arena(48, widths, adapters)
+    arena = Arena(48, widths, adapters, is_int8=is_int8)
     x, base = random(11, 48, seed=7), random(11, sum(widths), seed=8)
     y = base.clone()
     arena.add_to(y, x, segments)
@@ -200,16 +241,17 @@ def test_each_row_gets_its_own_adapter_and_others_are_untouched(backend: str, gr
     assert torch.equal(y[idle], base[idle])
 
 
+@IN_8_BITS
 @pytest.mark.parametrize("popularity", SEGMENTS)
 @pytest.mark.parametrize("group", GROUPS)
 def test_slices_with_an_epilogue_get_it_after_the_update_and_others_do_not(
-    backend: str, group: str, popularity: str
+    backend: str, group: str, popularity: str, is_int8: bool
 ) -> None:
     widths, segments = GROUPS[group], SEGMENTS[popularity]
     # All slices, the last one, none, the first one; with and without ranks, and an adapter that is epilogues alone.
     adapters = [[RANKS[(slot + i) % 4] for i in range(len(widths))] for slot in range(3)] + [[0] * len(widths)]
     everywhere = (1 << len(widths)) - 1
-    arena = Arena(48, widths, adapters, epilogues=(everywhere, 1 << len(widths) - 1, 0, 1))
+    arena = Arena(48, widths, adapters, epilogues=(everywhere, 1 << len(widths) - 1, 0, 1), is_int8=is_int8)
     x, base = random(11, 48, seed=7), random(11, sum(widths), seed=8)
     y = base.clone()
     arena.add_to(y, x, segments)
@@ -217,15 +259,23 @@ def test_slices_with_an_epilogue_get_it_after_the_update_and_others_do_not(
 
 
 @pytest.mark.parametrize(
-    ("in_features", "widths"), [(64, (64, 32, 32)), (96, (320,)), (48, (32,))], ids=["qkv", "o", "odd inputs"]
+    ("in_features", "widths"),
+    [(64, (64, 32, 32)), (96, (320,)), (48, (32,)), (192, (1600, 64))],
+    ids=["qkv", "o", "odd inputs", "several pieces"],
 )
 @pytest.mark.parametrize("ranks", [(1, 8, 64), (16, 40, 33)])
 @pytest.mark.parametrize("epilogues", [(0, 0, 0, 0), (1, 0, 1, 1)], ids=["no epilogues", "epilogues"])
+@IN_8_BITS
 def test_side_path_in_bfloat16_is_near_float32(
-    backend: str, in_features: int, widths: tuple[int, ...], ranks: tuple[int, ...], epilogues: tuple[int, ...]
+    backend: str,
+    in_features: int,
+    widths: tuple[int, ...],
+    ranks: tuple[int, ...],
+    epilogues: tuple[int, ...],
+    is_int8: bool,
 ) -> None:
     adapters = [[rank] * len(widths) for rank in ranks] + [[0, *ranks[1:]][: len(widths)]]
-    arena = Arena(in_features, widths, adapters, epilogues)
+    arena = Arena(in_features, widths, adapters, epilogues, is_int8=is_int8)
     x = random(62, in_features, seed=7)
     # One row, a few, whole tiles of rows and one more than these; between them rows without an adapter.
     segments = [Segment(0, 0, 1), Segment(1, 1, 4), Segment(2, 6, 22), Segment(0, 22, 55), Segment(3, 55, 60)]
@@ -235,10 +285,11 @@ def test_side_path_in_bfloat16_is_near_float32(
     assert not y[[4, 5, 60, 61]].any()
 
 
-def test_side_path_of_long_segments_in_bfloat16_is_near_float32(backend: str) -> None:
+@IN_8_BITS
+def test_side_path_of_long_segments_in_bfloat16_is_near_float32(backend: str, is_int8: bool) -> None:
     """Several pieces of rows and, for the ranks of all slices, several tiles of them, the last of which is not full."""
     widths = (64, 32, 32)
-    arena = Arena(64, widths, [[8, 8, 8], [40, 16, 33], [0, 0, 3]])
+    arena = Arena(64, widths, [[8, 8, 8], [40, 16, 33], [0, 0, 3]], is_int8=is_int8)
     x = random(345, 64, seed=7)
     segments = [Segment(1, 0, 200), Segment(0, 201, 270), Segment(2, 270, 343)]
     y = torch.zeros(345, sum(widths), dtype=torch.bfloat16)
@@ -249,11 +300,12 @@ def test_side_path_of_long_segments_in_bfloat16_is_near_float32(backend: str) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("product", ["nf4", "int8", "dense"])
+@IN_8_BITS
 def test_a_side_path_started_before_the_product_gives_what_it_gives_afterwards(
-    backend: str, product: str, dtype: torch.dtype
+    backend: str, product: str, dtype: torch.dtype, is_int8: bool
 ) -> None:
     widths = (64, 32, 32)
-    arena = Arena(64, widths, [[1, 8, 40], [16, 16, 16], [0, 300, 3]], (0, 5, 2))
+    arena = Arena(64, widths, [[1, 8, 40], [16, 16, 16], [0, 300, 3]], (0, 5, 2), is_int8=is_int8)
     weight = random(sum(widths), 64) / 8
     packed = None if product == "dense" else kernels.pack_quantized([QUANTISE[product](weight)])
 
@@ -283,3 +335,13 @@ def test_a_side_path_does_without_the_product_it_was_started_for(backend: str) -
     kernels.dense_linear(random(4, 64, seed=9).bfloat16(), random(32, 64).bfloat16())  # another x
     kernels.add_lora_(after_another, x, lora, 1, (64,), started)
     assert torch.equal(after_another, alone)
+
+
+@pytest.mark.parametrize("spoiled", [torch.nan, torch.inf])
+def test_what_is_no_number_spoils_its_own_row_alone(backend: str, spoiled: float) -> None:
+    arena = Arena(64, (64,), [[8]], is_int8=True)
+    x, y = random(3, 64, seed=7).bfloat16(), torch.zeros(3, 64, dtype=torch.bfloat16)
+    x[1, 5] = spoiled
+    arena.add_to(y, x, [Segment(0, row, row + 1) for row in range(3)])
+    assert not y[1].isfinite().any()
+    assert y[[0, 2]].isfinite().all()

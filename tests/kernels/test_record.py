@@ -37,8 +37,11 @@ def steps(model: SmallModel) -> list[StepInputs]:
     ]
 
 
-def test_a_recorded_step_computes_what_the_ops_compute_one_by_one(backend: str) -> None:
+@pytest.mark.parametrize("has_8_bits", [False, True], ids=["", "adapters in 8 bits"])
+def test_a_recorded_step_computes_what_the_ops_compute_one_by_one(backend: str, has_8_bits: bool) -> None:
     model = SmallModel()
+    if has_8_bits:
+        model.keep_adapters_in_8_bits()
     expected = [model.forward(inputs).clone() for inputs in steps(model)]
     for caches in (model.k_caches, model.v_caches):
         caches.fill_(torch.nan)

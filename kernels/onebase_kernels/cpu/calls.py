@@ -34,6 +34,7 @@ class Step(ctypes.Structure):
         ("arena", Pointer),
         ("adapter_table", Pointer),
         ("slots", Int),
+        ("adapters_are_int8", Int),
         ("num_replaced", Int),
         ("replaced_rows", Pointer),
         ("replacements", Pointer),
@@ -161,6 +162,7 @@ class Matrix(ctypes.Structure):
         ("scale", Float),
         ("dtype", Code),
         ("is_transposed", Code),
+        ("scales", Int),
     )
 
 

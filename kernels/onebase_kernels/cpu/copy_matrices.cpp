@@ -1,5 +1,7 @@
 // An adapter's matrices on their way to the arena: converted, scaled, and turned where the kernels read them turned.
 
+#include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "simd.h"
@@ -13,6 +15,7 @@ struct Matrix {
     float scale;
     int32_t dtype;  // of the source; FLOAT16 too
     int32_t is_transposed;
+    int64_t scales;  // of its rows, where in the target, if it is to be kept in 8 bits; else -1
 };
 
 namespace {
@@ -41,11 +44,40 @@ void copy_transposed(const From* from, int64_t rows, int64_t columns, float scal
 }
 
 template <class From, class To>
-void copy(const Matrix& matrix, int64_t base, To* target) {
-    const From* from = reinterpret_cast<const From*>(base + matrix.source);
-    To* to = target + matrix.offset;
+void copy(const Matrix& matrix, const From* from, To* to) {
     if (matrix.is_transposed) copy_transposed(from, matrix.rows, matrix.columns, matrix.scale, to);
     else copy(from, matrix.rows * matrix.columns, matrix.scale, to);
+}
+
+// A row in 8 bits, as int8_matrices.py has it; returns its scale.
+float encode(const float* row, int64_t count, uint8_t* bytes) {
+    F32x16 most{};
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) most = max(most, max(load(row + i), -load(row + i)));
+    float largest = 0;
+    for (int lane = 0; lane < LANES; lane++) largest = std::max(largest, most[lane]);
+    for (; i < count; i++) largest = std::max(largest, std::fabs(row[i]));
+    const float scale = largest / 127, divisor = scale > 0 ? scale : 1;
+    for (i = 0; i < count; i++) bytes[i] = uint8_t(128 + int32_t(__builtin_rintf(row[i] / divisor)));
+    return scale;
+}
+
+template <class From>
+void encode(const Matrix& matrix, const From* from, float* scales, uint8_t* bytes) {
+    std::vector<float> numbers(matrix.rows * matrix.columns);
+    copy(matrix, from, numbers.data());
+    const int64_t rows = matrix.is_transposed ? matrix.columns : matrix.rows, columns = numbers.size() / std::max(rows, int64_t(1));
+    for (int64_t row = 0; row < rows; row++)
+        scales[row] = encode(numbers.data() + row * columns, columns, bytes + row * columns);
+}
+
+template <class From, class To>
+void put(const Matrix& matrix, int64_t base, To* target) {
+    const From* from = reinterpret_cast<const From*>(base + matrix.source);
+    if (matrix.scales < 0) copy(matrix, from, target + matrix.offset);
+    else
+        encode(matrix, from, reinterpret_cast<float*>(target + matrix.scales),
+               reinterpret_cast<uint8_t*>(target + matrix.offset));
 }
 
 }  // namespace
@@ -59,9 +91,8 @@ ONEBASE_EXPORT void onebase_copy_matrices(const onebase::Matrix* matrices, int64
         To* numbers = static_cast<To*>(target);
         for (int64_t i = 0; i < count; i++) {
             const onebase::Matrix& matrix = matrices[i];
-            if (matrix.dtype == onebase::FLOAT16) onebase::copy<onebase::Float16>(matrix, base, numbers);
-            else
-                onebase::dispatch(matrix.dtype, [&]<class From>() { onebase::copy<From>(matrix, base, numbers); });
+            if (matrix.dtype == onebase::FLOAT16) onebase::put<onebase::Float16>(matrix, base, numbers);
+            else onebase::dispatch(matrix.dtype, [&]<class From>() { onebase::put<From>(matrix, base, numbers); });
         }
     });
 }

@@ -133,6 +133,7 @@ def add_segments(step: Step, lora: LoraBatch) -> None:
     step.arena = lora.arena.data_ptr()
     step.adapter_table = lora.table.data_ptr()
     step.slots = lora.table.shape[1]
+    step.adapters_are_int8 = lora.is_int8
     step.kept_segments = (segments, lora)
 
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <type_traits>
 #include <vector>
 
 #include "lora_call.h"
@@ -13,6 +14,7 @@
 
 #if defined(__AVX512BF16__)
 #include "lora_row.h"
+#include "lora_row_int8.h"
 #endif
 #if defined(__AMX_BF16__)
 #include "lora_amx.h"
@@ -22,7 +24,8 @@ namespace onebase {
 
 namespace {
 
-constexpr int64_t RANKS = 8;      // rows of A that one piece of the shrink takes
+template <class M>
+constexpr int64_t RANKS = std::is_same_v<M, Int8Code> ? 32 : 8;  // of A in a piece of the shrink; 32 share x's integers
 constexpr int64_t COLUMNS = 1536;  // most columns of B that one piece of the expand takes: long runs of memory
 constexpr int64_t FEW_COLUMNS = 256;  // where there are too few segments to give all threads something
 constexpr size_t MANY_SEGMENTS = 4;
@@ -47,8 +50,8 @@ struct ExpandPiece {
 };
 
 // Dot products of up to ROWS rows of x with one row of A.
-template <int N, class T>
-inline void dot_rows(const T* x, int64_t x_stride, const T* a, int64_t k, float* out, int64_t out_stride) {
+template <int N, class T, class M>
+inline void dot_rows(const T* x, int64_t x_stride, const M* a, int64_t k, float* out, int64_t out_stride) {
     F32x16 sums[N] = {};
     int64_t i = 0;
     for (; i + LANES <= k; i += LANES) {
@@ -65,7 +68,7 @@ inline void dot_rows(const T* x, int64_t x_stride, const T* a, int64_t k, float*
 // Single rows in bfloat16.
 #if defined(__AVX512BF16__)
 template <bool IS_FETCHED>
-void shrink_rows(const LoraGroup<BFloat16>& group, const ShrinkPiece& piece) {
+void shrink_rows(const LoraGroup<BFloat16, BFloat16>& group, const ShrinkPiece& piece) {
     const int64_t k = group.num_inputs;
     const BFloat16* a = group.a(*piece.segment) + piece.first_rank * k;
     float* shrunk = piece.shrunk + piece.first_rank;
@@ -74,23 +77,35 @@ void shrink_rows(const LoraGroup<BFloat16>& group, const ShrinkPiece& piece) {
 }
 
 template <bool IS_FETCHED>
-void expand_rows(const LoraGroup<BFloat16>& group, const ExpandPiece& piece, BFloat16* y) {
-    PairSums sums[COLUMNS / ROW_STEP];
+void shrink_rows(const LoraGroup<BFloat16, Int8Code>& group, const ShrinkPiece& piece) {
+    const int64_t k = group.num_inputs;
+    const Int8Code* a = group.a(*piece.segment) + piece.first_rank * k;
+    float* shrunk = piece.shrunk + piece.first_rank;
+    thread_local SplitNumbers x;
+    for (int64_t row = piece.segment->start; row < piece.segment->stop; row++, shrunk += piece.total_rank) {
+        x.set(group.x + row * k, k);
+        shrink_row<IS_FETCHED>(x, a, k, piece.last_rank - piece.first_rank, shrunk);
+    }
+}
+
+template <bool IS_FETCHED, class M>
+void expand_rows(const LoraGroup<BFloat16, M>& group, const ExpandPiece& piece, BFloat16* y) {
+    std::conditional_t<std::is_same_v<M, Int8Code>, float[COLUMNS], PairSums[COLUMNS / ROW_STEP]> sums;
     const float* shrunk = piece.shrunk;
     for (int64_t row = piece.segment->start; row < piece.segment->stop; row++, shrunk += piece.total_rank)
-        expand_row<IS_FETCHED>(static_cast<const BFloat16*>(piece.b), piece.rank, piece.width, piece.columns, shrunk,
+        expand_row<IS_FETCHED>(static_cast<const M*>(piece.b), piece.rank, piece.width, piece.columns, shrunk,
                                static_cast<const BFloat16*>(piece.gain), sums,
                                y + row * group.num_outputs + piece.y_column);
 }
 #endif
 
-template <class T>
-void shrink(const LoraGroup<T>& group, const ShrinkPiece& piece, [[maybe_unused]] bool is_fetched) {
+template <class T, class M>
+void multiply_rows(const LoraGroup<T, M>& group, const ShrinkPiece& piece, [[maybe_unused]] bool is_fetched) {
     const int64_t k = group.num_inputs, rows = piece.segment->stop - piece.segment->start;
-    const T* a = group.a(*piece.segment);
+    const M* a = group.a(*piece.segment);
 #if defined(__AVX512BF16__)
-    if constexpr (sizeof(T) == sizeof(BFloat16)) {
-        if (is_whole(k)) return is_fetched ? shrink_rows<true>(group, piece) : shrink_rows<false>(group, piece);
+    if constexpr (std::is_same_v<T, BFloat16>) {
+        if (is_whole(a, k)) return is_fetched ? shrink_rows<true>(group, piece) : shrink_rows<false>(group, piece);
     }
 #endif
     for (int64_t rank = piece.first_rank; rank < piece.last_rank; rank++) {
@@ -104,10 +119,20 @@ void shrink(const LoraGroup<T>& group, const ShrinkPiece& piece, [[maybe_unused]
     }
 }
 
+template <class T, class M>
+void shrink(const LoraGroup<T, M>& group, const ShrinkPiece& piece, bool is_fetched) {
+    multiply_rows(group, piece, is_fetched);
+    if constexpr (!LoraGroup<T, M>::IS_INT8) return;
+    float* shrunk = piece.shrunk;
+    for (int64_t row = piece.segment->start; row < piece.segment->stop; row++, shrunk += piece.total_rank)
+        for (int64_t rank = piece.first_rank; rank < piece.last_rank; rank++)
+            shrunk[rank] *= group.scale(*piece.segment, rank);
+}
+
 // y[N rows, 64 columns] += shrunk[N rows, rank] · b[rank, 64 columns], for rows that share an adapter; then the epilogue.
-template <int N, class T>
+template <int N, class M, class T>
 inline void expand_rows(const ExpandPiece& piece, int64_t column, const float* shrunk, T* y, int64_t y_stride) {
-    const T* b = static_cast<const T*>(piece.b) + column;
+    const M* b = static_cast<const M*>(piece.b) + column;
     F32x16 sums[N][4];
     for (int n = 0; n < N; n++)
         for (int v = 0; v < 4; v++) sums[n][v] = load(y + n * y_stride + v * LANES);
@@ -126,14 +151,14 @@ inline void expand_rows(const ExpandPiece& piece, int64_t column, const float* s
 
 // The same for one row and all columns of a piece. B is read once, so it is memory that counts: it goes by in long runs,
 // rank by rank, and the sums wait in the first cache.
-template <class T>
+template <class M, class T>
 inline void expand_row(const ExpandPiece& piece, const float* shrunk, T* y) {
-    const T* b = static_cast<const T*>(piece.b);
+    const M* b = static_cast<const M*>(piece.b);
     alignas(64) float sums[COLUMNS];
     const int64_t columns = piece.columns / LANES * LANES;
     for (int64_t i = 0; i < columns; i += LANES) store(sums + i, load(y + i));
     for (int64_t rank = 0; rank < piece.rank; rank++) {
-        const T* row = b + rank * piece.width;
+        const M* row = b + rank * piece.width;
         const float factor = shrunk[rank];
         for (int64_t i = 0; i < columns; i += LANES) store(sums + i, load(sums + i) + load(row + i) * factor);
     }
@@ -143,21 +168,21 @@ inline void expand_row(const ExpandPiece& piece, const float* shrunk, T* y) {
     for (int64_t i = 0; i < columns; i += LANES) store(y + i, load(sums + i));
 }
 
-template <class T>
+template <class M, class T>
 inline void expand_one(const ExpandPiece& piece, int64_t column, const float* shrunk, T* y) {
-    const T* b = static_cast<const T*>(piece.b) + column;
+    const M* b = static_cast<const M*>(piece.b) + column;
     float total = load_one(y);
     for (int64_t rank = 0; rank < piece.rank; rank++) total += load_one(b + rank * piece.width) * shrunk[rank];
     if (piece.gain) total = finish_one(total, static_cast<const T*>(piece.gain) + column, piece.width);
     store_one(y, total);
 }
 
-template <class T>
-void expand(const LoraGroup<T>& group, const ExpandPiece& piece, T* y, [[maybe_unused]] bool is_fetched) {
+template <class T, class M>
+void expand(const LoraGroup<T, M>& group, const ExpandPiece& piece, T* y, [[maybe_unused]] bool is_fetched) {
     const int64_t rows = piece.segment->stop - piece.segment->start, stride = group.num_outputs;
 #if defined(__AVX512BF16__)
-    if constexpr (sizeof(T) == sizeof(BFloat16)) {
-        if (rows <= ROWS && is_whole(piece.columns))
+    if constexpr (std::is_same_v<T, BFloat16>) {
+        if (rows <= ROWS && is_whole(static_cast<const M*>(piece.b), piece.columns))
             return is_fetched ? expand_rows<true>(group, piece, y) : expand_rows<false>(group, piece, y);
     }
 #endif
@@ -166,18 +191,18 @@ void expand(const LoraGroup<T>& group, const ExpandPiece& piece, T* y, [[maybe_u
     const auto shrunk = [&](int64_t row) { return piece.shrunk + row * piece.total_rank; };
     for (int64_t column = 0; column < by_64; column += 64)
         for (int64_t row = 0; row < whole_rows; row += ROWS)
-            expand_rows<ROWS>(piece, column, shrunk(row), y + row * stride + column, stride);
-    for (int64_t row = whole_rows; row < rows; row++) expand_row(piece, shrunk(row), y + row * stride);
+            expand_rows<ROWS, M>(piece, column, shrunk(row), y + row * stride + column, stride);
+    for (int64_t row = whole_rows; row < rows; row++) expand_row<M>(piece, shrunk(row), y + row * stride);
     for (int64_t row = 0; row < rows; row++)
         for (int64_t column = row < whole_rows ? by_64 : by_16; column < piece.columns; column++)
-            expand_one(piece, column, shrunk(row), y + row * stride + column);
+            expand_one<M>(piece, column, shrunk(row), y + row * stride + column);
 }
 
 // Segments that are computed by vectors, row by row or a few rows at a time.
-template <class T>
+template <class T, class M>
 class VectorLora final : public SidePath {
 public:
-    VectorLora(const LoraGroup<T>& group, std::vector<Segment> segments, bool is_fetched)
+    VectorLora(const LoraGroup<T, M>& group, std::vector<Segment> segments, bool is_fetched)
         : SidePath(group.x, is_fetched), group_(group), segments_(std::move(segments)) {
         int64_t size = 0;
         for (const Segment& segment : segments_) size += (segment.stop - segment.start) * group.total_rank(segment);
@@ -186,9 +211,9 @@ public:
         float* shrunk = shrunk_.data();
         for (const Segment& segment : segments_) {
             const int64_t total_rank = group.total_rank(segment);
-            for (int64_t rank = 0; rank < total_rank; rank += RANKS)
-                shrinks_.push_back({&segment, rank, std::min(rank + RANKS, total_rank), shrunk, total_rank});
-            group.each_slice(segment, [&](const LoraSlice<T>& slice) {
+            for (int64_t rank = 0; rank < total_rank; rank += RANKS<M>)
+                shrinks_.push_back({&segment, rank, std::min(rank + RANKS<M>, total_rank), shrunk, total_rank});
+            group.each_slice(segment, [&](const LoraSlice<T, M>& slice) {
                 for (int64_t column = 0; column < slice.width; column += columns)
                     expands_.push_back({&segment, slice.b + column, slice.rank, slice.width,
                                         std::min(columns, slice.width - column), slice.first_column + column,
@@ -212,11 +237,11 @@ public:
     }
     void add_expand_runs(int64_t i, std::vector<Run>& runs) const override {
         const ExpandPiece& piece = expands_[i];
-        add_rows(runs, static_cast<const T*>(piece.b), 0, piece.rank, piece.columns, piece.width);
+        add_rows(runs, static_cast<const M*>(piece.b), 0, piece.rank, piece.columns, piece.width);
     }
 
 private:
-    const LoraGroup<T> group_;
+    const LoraGroup<T, M> group_;
     const std::vector<Segment> segments_;
     std::vector<float> shrunk_;
     std::vector<ShrinkPiece> shrinks_;
@@ -225,9 +250,10 @@ private:
 
 #if defined(__AMX_BF16__)
 // Long segments by AMX and the others by vectors, side by side: threads wait for one another once a pass.
+template <class M>
 class MixedLora final : public SidePath {
 public:
-    MixedLora(const LoraGroup<BFloat16>& group, const std::vector<Segment>& long_segments,
+    MixedLora(const LoraGroup<BFloat16, M>& group, const std::vector<Segment>& long_segments,
               const std::vector<Segment>& short_segments, bool is_fetched)
         : SidePath(group.x, is_fetched), by_amx_(group, long_segments), by_vectors_(group, short_segments, is_fetched) {}
 
@@ -255,40 +281,46 @@ public:
     }
 
 private:
-    AmxLora by_amx_;
-    VectorLora<BFloat16> by_vectors_;
+    AmxLora<M> by_amx_;
+    VectorLora<BFloat16, M> by_vectors_;
 };
 #endif
 
-template <class T>
-std::unique_ptr<SidePath> make_side_path(const LoraGroup<T>& group, std::vector<Segment> segments, bool is_fetched) {
+template <class T, class M>
+std::unique_ptr<SidePath> make_side_path(const LoraGroup<T, M>& group, std::vector<Segment> segments, bool is_fetched) {
 #if defined(__AMX_BF16__)
-    if constexpr (sizeof(T) == sizeof(BFloat16)) {
+    if constexpr (std::is_same_v<T, BFloat16>) {
         const auto is_long = [&](const Segment& segment) {
             const int64_t rows = segment.stop - segment.start;
             return rows > 1 && rows * group.total_rank(segment) > FEW_PRODUCTS * group.num_slices;
         };
         const auto first_long = std::stable_partition(segments.begin(), segments.end(), std::not_fn(is_long));
-        if (AmxLora::carries(group) && first_long != segments.end())
-            return std::make_unique<MixedLora>(group, std::vector<Segment>(first_long, segments.end()),
-                                               std::vector<Segment>(segments.begin(), first_long), is_fetched);
+        if (AmxLora<M>::carries(group) && first_long != segments.end())
+            return std::make_unique<MixedLora<M>>(group, std::vector<Segment>(first_long, segments.end()),
+                                                  std::vector<Segment>(segments.begin(), first_long), is_fetched);
     }
 #endif
-    return std::make_unique<VectorLora<T>>(group, std::move(segments), is_fetched);
+    return std::make_unique<VectorLora<T, M>>(group, std::move(segments), is_fetched);
+}
+
+template <class T, class M>
+std::unique_ptr<SidePath> make_side_path(const AddLora& call, const Step& step, bool is_started) {
+    const LoraGroup<T, M> group{static_cast<const T*>(call.x), static_cast<const T*>(step.arena),
+                                step.adapter_table + call.place * step.slots * TABLE_COLUMNS, call.widths,
+                                call.num_slices, call.num_inputs, call.num_outputs};
+    std::vector<Segment> segments(step.segments, step.segments + step.num_segments);
+    int64_t bytes = 0;
+    for (const Segment& segment : segments) bytes += group.num_bytes(segment);
+    const bool is_fetched = is_started && bytes <= FETCHED_BYTES * num_threads();
+    return make_side_path(group, std::move(segments), is_fetched);
 }
 
 // `is_started`: the product that makes y follows.
 std::unique_ptr<SidePath> make_side_path(const AddLora& call, const Step& step, bool is_started) {
     std::unique_ptr<SidePath> side;
     dispatch(call.dtype, [&]<class T>() {
-        const LoraGroup<T> group{static_cast<const T*>(call.x), static_cast<const T*>(step.arena),
-                                 step.adapter_table + call.place * step.slots * TABLE_COLUMNS, call.widths,
-                                 call.num_slices, call.num_inputs, call.num_outputs};
-        std::vector<Segment> segments(step.segments, step.segments + step.num_segments);
-        int64_t bytes = 0;
-        for (const Segment& segment : segments) bytes += group.num_bytes(segment);
-        const bool is_fetched = is_started && bytes <= FETCHED_BYTES * num_threads();
-        side = make_side_path(group, std::move(segments), is_fetched);
+        side = step.adapters_are_int8 ? make_side_path<T, Int8Code>(call, step, is_started)
+                                      : make_side_path<T, T>(call, step, is_started);
     });
     return side;
 }

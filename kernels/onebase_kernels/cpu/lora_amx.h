@@ -15,9 +15,10 @@ constexpr int64_t LORA_TILE = M_TILE * LORA_DEPTH;
 constexpr int64_t LORA_ROWS = 64;       // of x, for which a piece of the shrink puts A into order
 constexpr int64_t LORA_COLUMNS = 256;   // of y, that a piece of the expand computes
 
+template <class M>
 class AmxLora {
 public:
-    AmxLora(const LoraGroup<BFloat16>& group, const std::vector<Segment>& segments) : group_(group) {
+    AmxLora(const LoraGroup<BFloat16, M>& group, const std::vector<Segment>& segments) : group_(group) {
         int64_t numbers = 0;
         for (const Segment& segment : segments) {
             const int64_t total_rank = group.total_rank(segment), stride = steps(total_rank) * LORA_DEPTH;
@@ -32,7 +33,7 @@ public:
     }
 
     // Which groups it carries: whole tiles.
-    static bool carries(const LoraGroup<BFloat16>& group) {
+    static bool carries(const LoraGroup<BFloat16, M>& group) {
         return group.num_inputs % K_TILE == 0 &&
                std::all_of(group.widths, group.widths + group.num_slices, [](int64_t n) { return n % (2 * BLOCK_N) == 0; });
     }
@@ -47,7 +48,7 @@ public:
     void add_shrink_runs(int64_t i, std::vector<Run>& runs) const {
         const Shrink& piece = shrinks_[i];
         if (piece.start > piece.segment.start) return;
-        const BFloat16* a = group_.a(piece.segment);
+        const M* a = group_.a(piece.segment);
         add_rows(runs, a, piece.first_rank, piece.last_rank, group_.num_inputs, group_.num_inputs);
     }
     void add_expand_runs(int64_t i, std::vector<Run>& runs) const {
@@ -69,7 +70,7 @@ private:
         Segment segment;
         int64_t stride, shrunk;         // as in Shrink, of the segment's first row
         int64_t first_rank, last_rank;  // the slice's
-        const BFloat16* b;              // [rank, width], at the piece's first column
+        const M* b;                     // [rank, width], at the piece's first column
         int64_t width, columns, y_column;
         const BFloat16* gain;  // of the slice's epilogue, at the piece's first column; null if it has none
     };
@@ -86,7 +87,7 @@ private:
     static int64_t row_tiles(const Segment& segment) { return (segment.stop - segment.start + M_TILE - 1) / M_TILE; }
 
     void add_expands(const Segment& segment, int64_t stride, int64_t shrunk) {
-        group_.each_slice(segment, [&](const LoraSlice<BFloat16>& slice) {
+        group_.each_slice(segment, [&](const LoraSlice<BFloat16, M>& slice) {
             for (int64_t column = 0; column < slice.width; column += LORA_COLUMNS)
                 expands_.push_back({segment, stride, shrunk, slice.first_rank, slice.first_rank + slice.rank,
                                     slice.b + column, slice.width, std::min(LORA_COLUMNS, slice.width - column),
@@ -115,10 +116,26 @@ private:
             const int64_t blocks = piece.last_rank - rank > BLOCK_N ? 2 : 1;
             for (int64_t block = 0; block < blocks; block++) {
                 const int64_t first = rank + block * BLOCK_N;
-                order_tiles(group_.a(piece.segment) + first * k, std::min(BLOCK_N, piece.last_rank - first), k,
-                            a.data() + block * BLOCK_N * k);
+                const int64_t ranks = std::min(BLOCK_N, piece.last_rank - first);
+                order_tiles(scaled(piece.segment, first, ranks), ranks, k, a.data() + block * BLOCK_N * k);
             }
             multiply_many(rows, k, a.data(), blocks, nullptr, shrunk_.data() + piece.shrunk + rank, piece.stride);
+        }
+    }
+
+    // Some ranks of A, of all slices together, with the scales of A and B.
+    const BFloat16* scaled(const Segment& segment, int64_t first_rank, int64_t ranks) const {
+        const int64_t k = group_.num_inputs;
+        const M* a = group_.a(segment) + first_rank * k;
+        if constexpr (!LoraGroup<BFloat16, M>::IS_INT8) return a;
+        else {
+            thread_local AlignedVector<BFloat16> numbers;
+            numbers.resize(ranks * k);
+            for (int64_t rank = 0; rank < ranks; rank++) {
+                const float scale = group_.scale(segment, first_rank + rank);
+                for (int64_t i = rank * k; i < (rank + 1) * k; i += LANES) store(numbers.data() + i, load(a + i) * scale);
+            }
+            return numbers.data();
         }
     }
 
@@ -169,11 +186,17 @@ private:
             }
     }
 
+    // 32 numbers, without their scale.
+    static __m512i in_bfloat16(const BFloat16* numbers) { return _mm512_loadu_si512(numbers); }
+    static __m512i in_bfloat16(const Int8Code* numbers) {
+        return (__m512i)_mm512_cvtne2ps_pbh((__m512)load(numbers + LANES), (__m512)load(numbers));
+    }
+
     // 32 columns of B as right operands, two for every 32 ranks of all slices; those of other slices are zero.
     static void pair_ranks(const Expand& piece, int64_t column, BFloat16* to) {
         const auto row = [&](int64_t rank) {
             return rank >= piece.first_rank && rank < piece.last_rank
-                       ? _mm512_loadu_si512(piece.b + (rank - piece.first_rank) * piece.width + column)
+                       ? in_bfloat16(piece.b + (rank - piece.first_rank) * piece.width + column)
                        : _mm512_setzero_si512();
         };
         const int64_t first = piece.first_rank / LORA_DEPTH * LORA_DEPTH, last = steps(piece.last_rank) * LORA_DEPTH;
@@ -185,7 +208,7 @@ private:
         }
     }
 
-    const LoraGroup<BFloat16> group_;
+    const LoraGroup<BFloat16, M> group_;
     std::vector<Shrink> shrinks_;
     std::vector<Expand> expands_;
     AlignedVector<BFloat16> shrunk_;

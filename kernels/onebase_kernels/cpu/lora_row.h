@@ -20,8 +20,8 @@ inline void fetch_ahead(const BFloat16* numbers) {
     if constexpr (!IS_FETCHED) __builtin_prefetch(reinterpret_cast<const char*>(numbers) + FETCH_AHEAD);
 }
 
-// Whether matrices of this width have whole registers only.
-inline bool is_whole(int64_t width) { return width % ROW_STEP == 0; }
+// Whether such matrices of this width have whole registers only.
+inline bool is_whole(const BFloat16*, int64_t width) { return width % ROW_STEP == 0; }
 
 // out[rank] = x · a[rank], of whole registers.
 template <bool IS_FETCHED>

@@ -30,8 +30,10 @@ def copy_matrices_(target: Tensor, matrices: Sequence[Matrix]) -> None:
         return
     array = (calls.Matrix * len(matrices))(
         *(
-            calls.Matrix(source.data_ptr(), *source.shape, offset, scale, _READ[source.dtype], is_transposed)
-            for source, offset, scale, is_transposed in matrices
+            calls.Matrix(
+                source.data_ptr(), *source.shape, offset, scale, _READ[source.dtype], is_transposed, _scales(scales)
+            )
+            for source, offset, scale, is_transposed, scales in matrices
         )
     )
     _copy_matrices(target, 0, array)
@@ -50,8 +52,8 @@ def _file_matrices(plan: FilePlan) -> "ctypes.Array[calls.Matrix]":
     if plan not in _FILE_MATRICES:
         _FILE_MATRICES[plan] = (calls.Matrix * len(plan.matrices))(
             *(
-                calls.Matrix(start, rows, columns, offset, scale, _READ[dtype], is_transposed)
-                for start, rows, columns, dtype, offset, scale, is_transposed in plan.matrices
+                calls.Matrix(start, rows, columns, offset, scale, _READ[dtype], is_transposed, _scales(scales))
+                for start, rows, columns, dtype, offset, scale, is_transposed, scales in plan.matrices
             )
         )
     return _FILE_MATRICES[plan]
@@ -62,3 +64,8 @@ def _copy_matrices(target: Tensor, base: int, matrices: "ctypes.Array[calls.Matr
     execution.library.onebase_copy_matrices(
         ctypes.byref(matrices), len(matrices), base, target.data_ptr(), DTYPES[target.dtype]
     )
+
+
+def _scales(offset: int | None) -> int:
+    """As copy_matrices.cpp has it."""
+    return -1 if offset is None else offset

@@ -31,6 +31,11 @@ struct Float16 {
     _Float16 value;
 };
 
+// A number of an adapter's matrix in 8 bits: its row's scale times (byte − 128). What is loaded is without the scale.
+struct Int8Code {
+    uint8_t byte;
+};
+
 template <class Vector, class T>
 inline Vector load_raw(const T* from) {
     Vector v;
@@ -75,6 +80,14 @@ inline F32x16 load(const int8_t* from) {
     return __builtin_convertvector(__builtin_convertvector(load_raw<I8x16>(from), I32x16), F32x16);
 #endif
 }
+inline F32x16 load(const Int8Code* from) {
+    const U32x16 bytes = widen_integers(load_raw<U8x16>(from));
+#if defined(__AVX512F__)
+    return (F32x16)_mm512_cvtepi32_ps((__m512i)bytes) - 128.0f;
+#else
+    return __builtin_convertvector((I32x16)bytes, F32x16) - 128.0f;
+#endif
+}
 inline F32x16 load(const float* from) { return load_raw<F32x16>(from); }
 inline F32x16 load(const BFloat16* from) { return widen(load_raw<U16x16>(from)); }
 inline F32x16 load(const Float16* from) {
@@ -115,6 +128,7 @@ inline float load_one(const BFloat16* from) {
     return value;
 }
 inline float load_one(const Float16* from) { return float(from->value); }
+inline float load_one(const Int8Code* from) { return float(from->byte) - 128.0f; }
 inline void store_one(float* to, float value) { *to = value; }
 inline void store_one(BFloat16* to, float value) {
     uint32_t bits;

@@ -28,6 +28,7 @@ struct Step {
     const void* arena;             // the numbers of all adapters
     const int64_t* adapter_table;  // [places, slots, 5]
     int64_t slots;
+    int64_t adapters_are_int8;     // whether their matrices are kept in 8 bits
     int64_t num_replaced;         // rows whose embeddings are not the table's
     const int64_t* replaced_rows;  // [num_replaced]
     const char* replacements;      // [num_replaced, …], in the compute dtype

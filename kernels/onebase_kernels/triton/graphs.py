@@ -11,7 +11,7 @@ Without a GPU, in Triton's interpreter, the same buffers and fillings are used, 
 import gc
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 
@@ -165,6 +165,7 @@ class DecodeStep:
             segments=(),
             max_rank=MAX_RANK,
             alignment=self._lora.alignment,
+            is_int8=self._lora.is_int8,
             tiles=self._device.lora_tiles,
         )
 
@@ -233,7 +234,7 @@ def prefill_steps(largest: StepInputs) -> Iterator[StepInputs]:
                 block_tables=torch.zeros(2, max_blocks, dtype=torch.int32, device=device),
                 slot_mapping=torch.full_like(numbers, _NOWHERE),
             )
-            adapters = LoraBatch(lora.arena, nobody, segments, MAX_RANK, lora.alignment)
+            adapters = replace(lora, table=nobody, segments=segments, max_rank=MAX_RANK)
             yield StepInputs(numbers, numbers, attention, adapters)
 
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onebase_kernels import batch
+from onebase_kernels import batch, int8_matrices
 from onebase_kernels.batch import LoraBatch, Segment
 from onebase_kernels.triton.step_cache import once_per_batch
 
@@ -48,6 +48,29 @@ _INPUT_BYTES = 512  # of a row, which a program of the shrink reads at a time
 _FP32 = tl.constexpr("tf32x3")  # how tensor cores multiply fp32: in three products, which loses next to nothing
 _TILE_COLUMNS = tl.constexpr(3)  # slot, first token, token after the last
 _TABLE_COLUMNS = tl.constexpr(batch.TABLE_COLUMNS)  # offset, ranks of up to three slices, bits of their epilogues
+_INT8_ZERO = tl.constexpr(int8_matrices.ZERO)
+_LINE_BYTES = tl.constexpr(int8_matrices.LINE_BYTES)
+
+
+@triton.jit
+def _first_matrix(arena_ptr, start, total_rank, IS_INT8: tl.constexpr):
+    """Where A lies: behind its scales and B's, if it has any."""
+    if IS_INT8:
+        scale_bytes = (8 * total_rank + _LINE_BYTES - 1) // _LINE_BYTES * _LINE_BYTES
+        first = (arena_ptr + start).to(tl.pointer_type(tl.uint8)) + scale_bytes
+    else:
+        first = arena_ptr + start
+    return first
+
+
+@triton.jit
+def _load_matrix(pointers, mask, DTYPE: tl.constexpr, IS_INT8: tl.constexpr):
+    """A tile of A or B as products take it, without scales; 0 where it is masked."""
+    if IS_INT8:
+        tile = (tl.load(pointers, mask=mask, other=_INT8_ZERO).to(tl.float32) - _INT8_ZERO).to(DTYPE)
+    else:
+        tile = tl.load(pointers, mask=mask, other=0.0)
+    return tile
 
 
 @triton.jit(do_not_specialize=["num_tokens", "plane_stride"])
@@ -61,6 +84,7 @@ def shrink_kernel(
     plane_stride,
     IN_FEATURES: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    IS_INT8: tl.constexpr,
     SPLITS: tl.constexpr,
     RANK_PARTS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -76,8 +100,9 @@ def shrink_kernel(
     tokens = tl.load(tile_ptr + 1) + tl.arange(0, TOKENS)
     has_token = (tokens < tl.load(tile_ptr + 2))[:, None]
     row_ptr = table_ptr + slot * _TABLE_COLUMNS
-    a_ptr = arena_ptr + tl.multiple_of(tl.load(row_ptr), ALIGNMENT)
     total_rank = (tl.load(row_ptr + 1) + tl.load(row_ptr + 2) + tl.load(row_ptr + 3)).to(tl.int32)
+    start = tl.multiple_of(tl.load(row_ptr), ALIGNMENT)
+    a_ptr = _first_matrix(arena_ptr, start, total_rank, IS_INT8)
     x_rows = x_ptr + tokens.to(tl.int64)[:, None] * IN_FEATURES
     plane_rows = planes_ptr + (split.to(tl.int64) * num_tokens + tokens[:, None]) * plane_stride
     for first_rank in range(tl.program_id(2) * RANKS, total_rank, RANK_PARTS * RANKS):
@@ -88,8 +113,14 @@ def shrink_kernel(
         for first_input in range(split * PER_SPLIT, min((split + 1) * PER_SPLIT, IN_FEATURES), INPUTS):
             inputs = (first_input + tl.arange(0, INPUTS))[None, :]
             x = tl.load(x_rows + inputs, mask=has_token & (inputs < IN_FEATURES), other=0.0)
-            a = tl.load(a_rows + inputs, mask=has_rank[:, None] & (inputs < IN_FEATURES), other=0.0)
+            a = _load_matrix(a_rows + inputs, has_rank[:, None] & (inputs < IN_FEATURES), x.dtype, IS_INT8)
             sums = tl.dot(x, tl.trans(a), sums, input_precision=_FP32)
+        if IS_INT8:
+            scale_ptr = (arena_ptr + start).to(tl.pointer_type(tl.float32)) + ranks
+            scales = tl.load(scale_ptr, mask=has_rank, other=0.0) * tl.load(
+                scale_ptr + total_rank, mask=has_rank, other=0.0
+            )
+            sums *= scales[None, :]
         tl.store(plane_rows + ranks[None, :], sums, mask=has_token & has_rank[None, :])
 
 
@@ -112,6 +143,7 @@ def expand_kernel(
     WIDTH_1: tl.constexpr,
     WIDTH_2: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    IS_INT8: tl.constexpr,
     SPLITS: tl.constexpr,
     TOKENS: tl.constexpr,
     RANKS: tl.constexpr,
@@ -140,11 +172,12 @@ def expand_kernel(
     first_rank = _of_slice(index, 0, rank_0, rank_0 + rank_1)
     first_number = _of_slice(index, 0, rank_0 * WIDTH_0, rank_0 * WIDTH_0 + rank_1 * WIDTH_1)
     first_column = _of_slice(index, 0, WIDTH_0, WIDTH_0 + WIDTH_1)
-    b_ptr = arena_ptr + tl.multiple_of(tl.load(row_ptr), ALIGNMENT) + (rank_0 + rank_1 + rank_2) * IN_FEATURES
-    first_epilogue = rank_0 * WIDTH_0 + rank_1 * WIDTH_1 + rank_2 * WIDTH_2
+    total_rank = rank_0 + rank_1 + rank_2
+    start = tl.multiple_of(tl.load(row_ptr), ALIGNMENT)
+    b_ptr = _first_matrix(arena_ptr, start, total_rank, IS_INT8) + total_rank * IN_FEATURES
     in_first, in_second = (epilogues & 1) * WIDTH_0, ((epilogues >> 1) & 1) * WIDTH_1
-    first_epilogue += 2 * _of_slice(index, 0, in_first, in_first + in_second)
-    gain_ptr = b_ptr + first_epilogue
+    gain_ptr = (b_ptr + rank_0 * WIDTH_0 + rank_1 * WIDTH_1 + rank_2 * WIDTH_2).to(arena_ptr.dtype)
+    gain_ptr += 2 * _of_slice(index, 0, in_first, in_first + in_second)
     b_ptr += first_number
 
     tokens = tl.load(tile_ptr + 1) + tl.arange(0, TOKENS)
@@ -161,7 +194,8 @@ def expand_kernel(
         for split in tl.static_range(SPLITS):
             plane = plane_rows + split * num_tokens.to(tl.int64) * plane_stride
             shrunk += tl.load(plane + ranks[None, :], mask=has_token & has_rank[None, :], other=0.0)
-        b = tl.load(b_ptr + ranks[:, None] * width + columns, mask=has_rank[:, None] & has_column, other=0.0)
+        b_tile = b_ptr + ranks[:, None] * width + columns
+        b = _load_matrix(b_tile, has_rank[:, None] & has_column, y_ptr.dtype.element_ty, IS_INT8)
         sums = tl.dot(shrunk.to(b.dtype), b, sums, input_precision=_FP32)
     if has_epilogue:
         gain = tl.load(gain_ptr + columns, mask=has_column, other=0.0).to(tl.float32)
@@ -216,7 +250,7 @@ def add_lora_(
     three_widths = (*widths, 0, 0)[:3]
     expand_kernel[(len(tiles.table), blocks)](
         *(y, lora.arena, lora.table[place], tiles.table, planes, *planes.shape[1:], x.shape[1], *three_widths),
-        *(lora.alignment, splits, tokens, ranks, outputs),
+        *(lora.alignment, lora.is_int8, splits, tokens, ranks, outputs),
         num_stages=1,
     )
 
@@ -231,7 +265,7 @@ def _shrink(planes: Tensor, x: Tensor, tiles: Tiles, lora: LoraBatch, place: int
     tokens, ranks, splits, _ = tiles.tiling
     shrink_kernel[(len(tiles.table), splits, _RANK_PARTS)](
         *(x, lora.arena, lora.table[place], tiles.table, planes, *planes.shape[1:], x.shape[1]),
-        *(lora.alignment, splits, _RANK_PARTS, tokens, ranks, _INPUT_BYTES // x.element_size()),
+        *(lora.alignment, lora.is_int8, splits, _RANK_PARTS, tokens, ranks, _INPUT_BYTES // x.element_size()),
     )
 
 

@@ -160,7 +160,7 @@ def _check_bytes(num_parameters: int, engine: Ready) -> None:
     needed = num_parameters * engine.adapter_element_bytes
     if needed > engine.adapter_bytes_total:
         raise AdapterDoesNotFit(
-            f"The adapter needs {needed} bytes on the device, the whole adapter memory has "
+            f"The adapter needs at least {needed} bytes on the device, the whole adapter memory has "
             f"{engine.adapter_bytes_total}; lower its rank, or start the server with a larger --adapter-memory."
         )
 

@@ -5,7 +5,6 @@ padding (the unified pool of S-LoRA, arXiv 2311.03285, without its pages: the ar
 read on a thread, while steps go on. It knows adapters by digest only: names and versions are the store's business.
 """
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ import onebase_kernels as kernels
 from onebase_server.engine.blob_loader import BlobLoader
 from onebase_server.engine.blob_packing import BlobPacker
 from onebase_server.engine.extents import Extents
+from onebase_server.engine.matrix_format import MatrixFormat
 from onebase_server.engine.norm_packing import PackedNorms
 from onebase_server.engine.packing import PackedAdapter
 from onebase_server.engine.request import AdapterRef
@@ -56,7 +56,7 @@ class AdapterPool:
         base: Sequence[LinearGroup],
         base_norms: DecoderNorms,
         budget_bytes: int,
-        dtype: torch.dtype,
+        matrix_format: MatrixFormat,
         device: torch.device,
         *,
         on_loaded: Callable[[], None] = lambda: None,
@@ -65,8 +65,9 @@ class AdapterPool:
         norms, for adapters that replace some."""
         self.config = config
         self._base_norms = base_norms
-        self.dtype = dtype
-        self.arena = kernels.allocate((budget_bytes // dtype.itemsize,), dtype, device)
+        self.dtype = matrix_format.dtype
+        self.is_int8 = matrix_format.is_int8
+        self.arena = kernels.allocate((budget_bytes // self.dtype.itemsize,), self.dtype, device)
         self.table = torch.zeros(
             config.num_layers,
             len(config.projection_groups),
@@ -81,8 +82,8 @@ class AdapterPool:
         """By slot, all norms under an adapter that replaces some."""
         self.max_rank = 1
         """The most ranks that an adapter has had at one place so far, all slices of the group together."""
-        self.alignment = math.gcd(16, *(size for group in config.projection_groups for size in group.sizes))
-        """Numbers: what all matrices in the arena begin at a multiple of, for they all have rows of such lengths."""
+        self.alignment = matrix_format.alignment(config)
+        """Numbers: what every place in the arena begins at a multiple of."""
         self.num_attaches = 0
         self.num_evictions = 0
         self.bytes_touched = 0
@@ -91,7 +92,7 @@ class AdapterPool:
         self._resident: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
         self._retired: OrderedDict[str, None] = OrderedDict()  # the longest retired first
         self._free_slots = list(range(self.table.shape[2]))
-        self._packer = BlobPacker(config, dtype, base)
+        self._packer = BlobPacker(config, matrix_format, base)
         self._loader = BlobLoader(self._load, on_loaded)
 
     def __repr__(self) -> str:

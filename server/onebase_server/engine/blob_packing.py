@@ -16,6 +16,7 @@ import onebase_kernels as kernels
 from onebase_adapters.blobs import map_blob, parse_blob
 from onebase_kernels import FileMatrix, FilePlan, Matrix
 from onebase_server.engine.adapter_reading import read_adapter
+from onebase_server.engine.matrix_format import MatrixFormat
 from onebase_server.engine.packing import Layout, PackedAdapter, lay_out, pack_adapter
 from onebase_server.engine.request import AdapterRef
 from onebase_server.model.config import ModelConfig
@@ -40,19 +41,19 @@ class _BlobPlan:
 
 
 class BlobPacker:
-    """Packs adapters for one base and compute dtype, on one thread."""
+    """Packs adapters for one base and one format of matrices, on one thread."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, base: Sequence[LinearGroup]) -> None:
+    def __init__(self, config: ModelConfig, matrix_format: MatrixFormat, base: Sequence[LinearGroup]) -> None:
         """`base` as `packing.lay_out` takes it."""
         self._config = config
-        self._dtype = dtype
+        self._format = matrix_format
         self._base = base
         self._plans: OrderedDict[tuple[bytes, int], _BlobPlan] = OrderedDict()  # least recently used first
 
     def pack(self, ref: AdapterRef) -> PackedAdapter:
         """The adapter in the kernels' layout; raises as `adapter_reading.read_adapter`."""
         if ref.is_combination:
-            return pack_adapter(read_adapter(ref), self._config, self._dtype, self._base)
+            return pack_adapter(read_adapter(ref), self._config, self._format, self._base)
         blob = map_blob(Path(ref.parts[0].path))
         file = torch.frombuffer(blob.data, dtype=torch.uint8)
         recipe = blob.header, len(file)
@@ -60,21 +61,21 @@ class BlobPacker:
         if plan is None:
             adapter = parse_blob(blob)
             if adapter.epilogues or adapter.vocabulary or adapter.norms:  # which are more than copies of matrices
-                return pack_adapter(adapter, self._config, self._dtype, self._base)
-            plan = self._plans[recipe] = _plan(lay_out(adapter, self._config, self._base), file)
+                return pack_adapter(adapter, self._config, self._format, self._base)
+            plan = self._plans[recipe] = _plan(lay_out(adapter, self._config, self._format, self._base), file)
             if len(self._plans) > MAX_RECIPES:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(recipe)
-        return plan.pack(file, self._dtype)
+        return plan.pack(file, self._format.dtype)
 
 
 def _plan(layout: Layout, file: Tensor) -> _BlobPlan:
     """The layout of an adapter whose matrices are views of the file."""
 
     def in_file(matrix: Matrix) -> FileMatrix:
-        source, offset, scale, is_transposed = matrix
+        source, offset, scale, is_transposed, scales = matrix
         rows, columns = source.shape
         start = source.data_ptr() - file.data_ptr()
-        return FileMatrix(start, rows, columns, source.dtype, offset, scale, is_transposed)
+        return FileMatrix(start, rows, columns, source.dtype, offset, scale, is_transposed, scales)
 
     return _BlobPlan(FilePlan(tuple(map(in_file, layout.matrices))), layout.num_numbers, layout.table)

@@ -7,6 +7,7 @@ from typing import assert_never
 
 from onebase_server.engine.adapter_pool import AdapterPool
 from onebase_server.engine.block_pool import BlockPool
+from onebase_server.engine.matrix_format import MatrixFormat
 from onebase_server.engine.memory import MemoryMeter
 from onebase_server.engine.prefix_pool import PrefixPool
 from onebase_server.engine.prefix_writer import PrefixWriter
@@ -61,7 +62,7 @@ class Engine:
             tuple(decoder.weights.groups),
             decoder.norms,
             settings.adapter_memory,
-            decoder.dtype,
+            MatrixFormat(decoder.dtype, is_int8=settings.adapter_quantization == "int8"),
             decoder.device,
             on_loaded=on_loaded,
         )

@@ -27,6 +27,11 @@ class MatrixWriter:
         self._matrices = matrices
         self._end = start
 
+    @property
+    def end(self) -> int:
+        """The number behind the last matrix."""
+        return self._end
+
     def put(self, source: Tensor, *, scale: float = 1.0, is_transposed: bool = False) -> Part:
         """Take in a matrix, or a vector, on the host."""
         matrix = source if source.ndim == 2 else source.unsqueeze(0)

@@ -3,20 +3,20 @@
 The layout is the contract of `onebase_kernels.add_lora_`. It knows nothing of the arena that the run is copied into.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import onebase_kernels as kernels
-from onebase_adapters.adapter import Adapter, LowRankPair, ModuleKey
+from onebase_adapters.adapter import ALIGNMENT, Adapter, ModuleKey
 from onebase_kernels import TABLE_COLUMNS, Matrix
 from onebase_server.engine.epilogue import gain_and_shift
+from onebase_server.engine.matrix_format import MatrixFormat
 from onebase_server.engine.matrix_layout import MatrixWriter
 from onebase_server.engine.norm_packing import PackedNorms, pack_norms
 from onebase_server.engine.vocabulary_packing import PackedVocabulary, pack_vocabulary
-from onebase_server.model.arrays import as_tensor
 from onebase_server.model.config import ModelConfig
 from onebase_server.model.linear import LinearGroup
 
@@ -54,24 +54,26 @@ class Layout:
 
 
 def pack_adapter(
-    adapter: Adapter, config: ModelConfig, dtype: torch.dtype, base: Sequence[LinearGroup]
+    adapter: Adapter, config: ModelConfig, matrix_format: MatrixFormat, base: Sequence[LinearGroup]
 ) -> PackedAdapter:
     """An adapter as `lay_out` lays it out."""
-    layout = lay_out(adapter, config, base)
-    numbers = torch.empty(layout.num_numbers, dtype=dtype)
+    layout = lay_out(adapter, config, matrix_format, base)
+    numbers = torch.empty(layout.num_numbers, dtype=matrix_format.dtype)
     kernels.copy_matrices_(numbers, layout.matrices)
     return PackedAdapter(numbers, layout.table, layout.vocabulary, layout.norms)
 
 
-def lay_out(adapter: Adapter, config: ModelConfig, base: Sequence[LinearGroup]) -> Layout:
+def lay_out(adapter: Adapter, config: ModelConfig, matrix_format: MatrixFormat, base: Sequence[LinearGroup]) -> Layout:
     """Per layer and projection group: the slices' A stacked [Σrᵢ, in], then each slice's s·B transposed [rᵢ, outᵢ],
-    then gain and shift [2, outᵢ] of each slice that has an epilogue. Behind all of them lie vocabulary and norms.
+    as `matrix_format` has them, then gain and shift [2, outᵢ] of each slice that has an epilogue. Behind all of them
+    lie vocabulary and norms.
 
     `base` holds the base's groups by place, for what an epilogue needs of them.
     """
     rows: list[tuple[int, ...]] = []
     matrices: list[Matrix] = []
-    end = 0
+    alignment = matrix_format.alignment(config)
+    end = num_placed = 0
     for layer in range(config.num_layers):
         for group in config.projection_groups:
             keys = [ModuleKey(layer, projection, group.expert) for projection in group.projections]
@@ -83,25 +85,20 @@ def lay_out(adapter: Adapter, config: ModelConfig, base: Sequence[LinearGroup]) 
                 if key in adapter.epilogues
             }
             rows.append((end, *ranks, sum(1 << i for i in vectors)))
-            for source, scale, is_transposed in (*_matrices(pairs), *((both, 1.0, False) for both in vectors.values())):
-                matrices.append(Matrix(source, end, scale, is_transposed))
-                end += source.numel()
+            placed, end = matrix_format.place(list(filter(None, pairs)), end)
+            matrices += placed
+            for both in vectors.values():
+                matrices.append(Matrix(both, end))
+                end += both.numel()
+            end += -end % alignment
+            num_placed += len(list(filter(None, pairs))) + len(vectors)
     vocabulary, norms = None, None
     if adapter.vocabulary or adapter.norms:
         writer = MatrixWriter(matrices, end)
         vocabulary = pack_vocabulary(adapter.vocabulary, config.vocab_size, writer) if adapter.vocabulary else None
         norms = pack_norms(adapter.norms, config, writer) if adapter.norms else None
-        end = adapter.num_parameters
-    assert end == adapter.num_parameters, "all that the adapter has belongs to one of the base's projections"
+        end += -(-(writer.end - end) // ALIGNMENT) * ALIGNMENT
+        end += -end % alignment
+    assert num_placed == len(adapter.pairs) + len(adapter.epilogues), "each belongs to one of the base's projections"
     table = torch.tensor(rows).view(config.num_layers, -1, TABLE_COLUMNS)
     return Layout(tuple(matrices), end, table, vocabulary, norms)
-
-
-def _matrices(pairs: Sequence[LowRankPair | None]) -> Iterator[tuple[Tensor, float, bool]]:
-    """A group's matrices in the order of the layout, each with its scale and whether it is transposed.
-
-    The scale is folded into B, before that is rounded to the compute dtype.
-    """
-    present = [pair for pair in pairs if pair]
-    yield from ((as_tensor(pair.lora_a), 1.0, False) for pair in present)
-    yield from ((as_tensor(pair.lora_b), pair.scale, True) for pair in present)

@@ -70,7 +70,7 @@ def load_engine(settings: EngineSettings, inbox: Inbox) -> tuple[Engine, Ready]:
         vocab_size=decoder.config.vocab_size,
         max_model_len=engine.max_model_len,
         adapter_bytes_total=engine.adapter_pool.bytes_total,
-        adapter_element_bytes=decoder.dtype.itemsize,
+        adapter_element_bytes=1 if settings.adapter_quantization == "int8" else decoder.dtype.itemsize,
         quantization=decoder.config.quantization or settings.quantization,
         weights=decoder.weights.report(),
         stats=engine.stats(),

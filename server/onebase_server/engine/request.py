@@ -237,7 +237,7 @@ class Ready(Struct, frozen=True):
     """Most tokens of prompt and answer together, bounded by the context and by the KV cache."""
     adapter_bytes_total: int
     adapter_element_bytes: int
-    """Bytes that one number of an adapter takes on the device."""
+    """Bytes that one number of an adapter takes on the device at least."""
     quantization: str
     weights: WeightReport
     stats: EngineStats

@@ -114,7 +114,8 @@ class Runner:
 
     def _lora_of(self, segments: Iterable[Segment]) -> LoraBatch:
         pool = self.adapter_pool
-        return LoraBatch(pool.arena, pool.table.flatten(0, 1), tuple(segments), pool.max_rank, pool.alignment)
+        table = pool.table.flatten(0, 1)
+        return LoraBatch(pool.arena, table, tuple(segments), pool.max_rank, pool.alignment, pool.is_int8)
 
     def _replace_embeddings(self, token_ids: Tensor, segments: Iterable[Segment]) -> ReplacedRows | None:
         """What adapters have in place of the base's embeddings; tokens that the base has not become its first one."""

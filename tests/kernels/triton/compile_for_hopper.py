@@ -54,10 +54,10 @@ def fused_product(rows: int) -> None:
     nf4_linear.fused_linear(zeros(rows, 4096), nf4_weights(4096, 4096), None, plan)
 
 
-def side_path(segments: tuple[Segment, ...]) -> None:
+def side_path(segments: tuple[Segment, ...], *, is_int8: bool = False) -> None:
     rows, widths = segments[-1].stop, (4096, 1024, 1024)
     table = torch.zeros(PLACES, 4, TABLE_COLUMNS, dtype=torch.int64)
-    batch = LoraBatch(zeros(64), table, segments, max_rank=48, alignment=16)
+    batch = LoraBatch(zeros(64), table, segments, max_rank=48, alignment=32 if is_int8 else 16, is_int8=is_int8)
     lora.add_lora_(zeros(rows, sum(widths)), zeros(rows, 4096), batch, 1, widths)
 
 
@@ -83,6 +83,8 @@ CASES: dict[str, Callable[[], Any]] = {
     "nf4, dequantized": lambda: nf4_linear.dequantize(nf4_weights(64, 4096), 0, 1, torch.bfloat16),
     "side path, decode": lambda: side_path((Segment(0, 0, 1), Segment(1, 1, 3))),
     "side path, prefill": lambda: side_path((Segment(0, 0, 100),)),
+    "side path, 8 bits, decode": lambda: side_path((Segment(0, 0, 1), Segment(1, 1, 3)), is_int8=True),
+    "side path, 8 bits, prefill": lambda: side_path((Segment(0, 0, 100),), is_int8=True),
     "attention, decode": lambda: attend([1, 1], 1000, 4, 128),
     "attention, decode, short": lambda: attend([1, 1], 100, 4, 128),
     "attention, decode, heads of 256": lambda: attend([1, 1], 1000, 2, 256),

@@ -81,6 +81,13 @@ def test_steps_one_after_another_are_what_they_are_op_by_op() -> None:
     recorded.check(recorded.decode(5))
 
 
+def test_adapters_may_be_kept_in_8_bits() -> None:
+    recorded = Recorded()
+    recorded.model.keep_adapters_in_8_bits()
+    recorded.run = DecodeGraphs(recorded.forward, recorded.model.largest_step())
+    recorded.check(recorded.decode(5, [Segment(1, 0, 2), Segment(0, 3, 5)]))
+
+
 def test_half_precision_goes_through_the_fused_product() -> None:
     recorded = Recorded(torch.bfloat16)
     recorded.check(recorded.decode(3, [Segment(1, 0, 2)]), tolerance=2e-2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from onebase_kernels import LoraBatch, Segment, reference
+from onebase_kernels import LoraBatch, Segment, int8_matrices, reference
 from onebase_kernels.triton import lora
 
 IN_FEATURES, WIDTHS = 80, (32, 16, 24)
@@ -83,3 +83,25 @@ def test_the_most_ranks_are_asked_of_the_table_unless_they_are_given() -> None:
     batch = adapters([(4, 4, 4), (8, 1, 8)], [Segment(0, 0, 1)])
     assert lora.plan(batch).max_rank == 17
     assert lora.plan(LoraBatch(batch.arena, batch.table, batch.segments, max_rank=12)).max_rank == 12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_8_bits_compute_what_the_reference_makes_of_them_in_tiles_large_and_small(dtype: torch.dtype) -> None:
+    ranks, line = (33, 3, 20), int8_matrices.LINE_BYTES // dtype.itemsize
+    total_rank, offset = sum(ranks), 2 * line
+    shapes = ((total_rank, IN_FEATURES), *zip(ranks, WIDTHS, strict=True))
+    start, scales = offset + int8_matrices.scales_size(total_rank, dtype), offset
+    arena = torch.full((16384,), torch.nan, dtype=dtype)
+    torch.manual_seed(0)
+    for rows, columns in shapes:
+        int8_matrices.encode_(arena, start, scales, torch.randn(rows, columns))
+        start += rows * columns // dtype.itemsize
+        scales += rows * torch.float32.itemsize // dtype.itemsize
+    table = torch.tensor([[(offset, *ranks, 0)]])
+    for segments in ((Segment(0, 1, 3),), (Segment(0, 0, 1), Segment(0, 2, 42))):
+        batch = LoraBatch(arena, table, segments, alignment=line, is_int8=True)
+        x, y = (torch.randn(45, size).to(dtype) for size in (IN_FEATURES, sum(WIDTHS)))
+        expected = y.clone()
+        reference.add_lora_(expected, x, batch, 0, WIDTHS)
+        lora.add_lora_(y, x, batch, 0, WIDTHS)
+        assert relative_error(y, expected.float()) < (1e-6 if dtype == torch.float32 else 5e-3)

@@ -176,6 +176,14 @@ def test_the_side_path_reads_the_adapters_that_the_rows_use(make_bench: Callable
             ]
 
 
+def test_adapters_in_8_bits_read_half_and_their_scales(make_bench: Callable[..., Workbench]) -> None:
+    numbers_per_rank, x_and_y = 3 * 64 + 128, 2 * (64 + 2 * 128)
+    trial = trials_of(make_bench(rows=(2,), adapters=4, adapter_quantization="int8"), "add_lora_")[0]
+    scales = 64 + 2 * 64  # of ranks 2 and 4, of A and B of three slices: 48 and 96 bytes, filled up
+    assert trial.work.bytes == (2 + 4) * numbers_per_rank + scales + 2 * x_and_y
+    assert all(step.lora.is_int8 and step.lora.alignment % 32 == 0 for step in trial.steps)
+
+
 def test_attention_sees_the_context_that_was_asked_for(make_bench: Callable[..., Workbench]) -> None:
     decode, prefill = trials_of(make_bench(context=40), "paged_attention")
     assert decode.steps[0].attention.context_lens == (40, 40, 40)

@@ -9,6 +9,7 @@ import torch
 from msgspec.structs import replace
 
 from onebase_server.engine.adapter_pool import AdapterPool
+from onebase_server.engine.matrix_format import MatrixFormat
 from onebase_server.engine.request import AdapterRef
 from onebase_server.engine.scheduler import AdapterLoading, AdapterMemoryFull, AdapterUnusable
 from onebase_server.model.config import ModelConfig
@@ -31,7 +32,13 @@ class Pool(AdapterPool):
     def __init__(self, config: ModelConfig, numbers: int) -> None:
         self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         super().__init__(
-            config, (), NO_NORMS, 4 * numbers, torch.float32, torch.device("cpu"), on_loaded=lambda: self.bell.put(None)
+            config,
+            (),
+            NO_NORMS,
+            4 * numbers,
+            MatrixFormat(torch.float32),
+            torch.device("cpu"),
+            on_loaded=lambda: self.bell.put(None),
         )
 
     def acquire_loaded(self, adapter: AdapterRef) -> int:

@@ -13,6 +13,7 @@ from onebase_adapters.blobs import read_blob, write_blob
 from onebase_adapters.errors import StoreError
 from onebase_server.engine import blob_packing
 from onebase_server.engine.blob_packing import BlobPacker
+from onebase_server.engine.matrix_format import MatrixFormat
 from onebase_server.engine.packing import pack_adapter
 from onebase_server.engine.request import AdapterRef
 from onebase_server.model.config import ModelConfig
@@ -24,7 +25,7 @@ RANKS = {"q_proj": 3, "v_proj": 1, "gate_proj": 2, "down_proj": 5}
 
 @pytest.fixture
 def packer(tiny_config: ModelConfig) -> BlobPacker:
-    return BlobPacker(tiny_config, torch.bfloat16, dense_base(tiny_config, has_bias=False))
+    return BlobPacker(tiny_config, MatrixFormat(torch.bfloat16), dense_base(tiny_config, has_bias=False))
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def write(adapter: Adapter, path: Path) -> AdapterRef:
 def assert_packed_alike(packer: BlobPacker, ref: AdapterRef, config: ModelConfig) -> None:
     packed = packer.pack(ref)
     base = dense_base(config, has_bias=False)
-    expected = pack_adapter(read_blob(Path(ref.parts[0].path)), config, torch.bfloat16, base)
+    expected = pack_adapter(read_blob(Path(ref.parts[0].path)), config, MatrixFormat(torch.bfloat16), base)
     assert torch.equal(packed.numbers, expected.numbers)
     assert torch.equal(packed.table, expected.table)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 import onebase_kernels as kernels
 from onebase_adapters.adapter import Adapter, Epilogue, LowRankPair, ModuleKey
 from onebase_kernels import LoraBatch, Segment
+from onebase_server.engine.matrix_format import MatrixFormat
 from onebase_server.engine.packing import pack_adapter
 from onebase_server.model.config import ModelConfig
 
@@ -33,7 +34,7 @@ def test_the_packed_form_computes_what_the_pairs_say(
     tiny_config: ModelConfig, ranks: dict[str, int], dtype: type
 ) -> None:
     adapter = random_adapter(tiny_config, ranks, dtype=dtype)
-    packed = pack_adapter(adapter, tiny_config, torch.float32, base=())
+    packed = pack_adapter(adapter, tiny_config, MatrixFormat(torch.float32), base=())
     x = torch.randn(5, 48)
     for layer in range(tiny_config.num_layers):
         for index, group in enumerate(tiny_config.projection_groups):
@@ -54,7 +55,10 @@ def test_the_packed_form_computes_what_the_pairs_say(
 
 def test_an_adapter_takes_just_the_numbers_it_has(tiny_config: ModelConfig) -> None:
     adapter = random_adapter(tiny_config, {"q_proj": 5, "down_proj": 2})
-    assert pack_adapter(adapter, tiny_config, torch.bfloat16, base=()).numbers.numel() == adapter.num_parameters
+    assert (
+        pack_adapter(adapter, tiny_config, MatrixFormat(torch.bfloat16), base=()).numbers.numel()
+        == adapter.num_parameters
+    )
 
 
 vectors = st.fixed_dictionaries({}, optional={name: st.just(name) for name in ("magnitude", "factor", "bias", "shift")})
@@ -82,7 +86,7 @@ def test_a_packed_epilogue_computes_what_the_canonical_form_says(
         },
     )
     base = dense_base(config, has_bias=has_bias)
-    packed = pack_adapter(adapter, config, torch.float32, base)
+    packed = pack_adapter(adapter, config, MatrixFormat(torch.float32), base)
     x = torch.randn(5, 48)
     for index, group in enumerate(config.projection_groups):
         place, inputs = len(config.projection_groups) + index, x[:, : group.in_features]

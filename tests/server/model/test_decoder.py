@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import onebase_kernels as kernels
 from onebase_adapters import peft_format
+from onebase_server.engine.matrix_format import MatrixFormat
 from onebase_server.engine.packing import pack_adapter
 from onebase_server.model.weights import load_decoder
 from onebase_server.settings import EngineSettings
@@ -188,7 +189,7 @@ def test_logits_of_an_adapter_of_pefts_are_those_of_transformers(
     peft_model.save_pretrained(tmp_path / "adapter")
     decoder = load_decoder(tmp_path / "model", engine_settings(quantization="none"))
     adapter = peft_format.parse(tmp_path / "adapter", decoder.config.adapter_layout(), max_rank=4)
-    packed = pack_adapter(adapter, decoder.config, torch.float32, tuple(decoder.weights.groups))
+    packed = pack_adapter(adapter, decoder.config, MatrixFormat(torch.float32), tuple(decoder.weights.groups))
     expected = transformers_logits(peft_model)
     for name in ("chunked", "prefill, then decode"):
         assert relative_error(logits_of(decoder, TOKENS, CHUNKINGS[name], packed), expected) < 1e-4, name

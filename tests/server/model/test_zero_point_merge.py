@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from onebase_adapters.adapter import Adapter, Epilogue, LowRankPair, ModuleKey
 from onebase_adapters.errors import UnsupportedAdapter
+from onebase_server.engine.matrix_format import MatrixFormat
 from onebase_server.engine.packing import pack_adapter
 from onebase_server.errors import ConfigurationError
 from onebase_server.model.config import ModelConfig
@@ -76,7 +77,7 @@ def test_the_folded_base_says_what_base_and_adapter_say(
     decoder = load_decoder(base, engine_settings())
     adapter = qalora(decoder.config, group_size, "q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
     merge_into_base(base, adapter, tmp_path / "folded", None)
-    packed = pack_adapter(adapter, decoder.config, torch.float32, tuple(decoder.weights.groups))
+    packed = pack_adapter(adapter, decoder.config, MatrixFormat(torch.float32), tuple(decoder.weights.groups))
     expected = logits_of(decoder, TOKENS, adapter=packed)
     folded = logits_of(load_decoder(tmp_path / "folded", engine_settings()), TOKENS)
     torch.testing.assert_close(folded, expected, rtol=1e-4, atol=1e-4)

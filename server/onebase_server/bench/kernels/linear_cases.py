@@ -14,10 +14,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import onebase_kernels as kernels
-from onebase_kernels import BackendName, BlockwiseWeight, LoraBatch, PackedWeights, Segment, StepInputs
+from onebase_kernels import (
+    BackendName,
+    BlockwiseWeight,
+    LoraBatch,
+    PackedWeights,
+    Segment,
+    StepInputs,
+    int8_matrices,
+)
 from onebase_server.bench.kernels.contenders import against_reference, contenders, regardless_of_step
 from onebase_server.bench.kernels.trial import Call, Contender, Trial, Work
-from onebase_server.bench.kernels.workbench import DTYPE_BYTES, Workbench
+from onebase_server.bench.kernels.workbench import DTYPE, DTYPE_BYTES, Workbench
 from onebase_server.model.config import ProjectionGroup
 
 DENSE = "dense bf16"
@@ -165,13 +173,13 @@ class SidePaths:
         self._bench = bench
         self._ranks = [bench.options.ranks[i % len(bench.options.ranks)] for i in range(bench.options.adapters)]
         self._numbers_per_rank = len(group.widths) * group.in_features + sum(group.widths)
-        numbers = sum(self._ranks) * self._numbers_per_rank
-        self.places = bench.num_copies(numbers * DTYPE_BYTES, per_step=bench.config.num_layers)
-        self._arena = bench.random(self.places * numbers)
-        table = _adapter_table(self._ranks, len(group.widths), self._numbers_per_rank, self.places)
-        self._table = table.to(bench.device)
+        self._is_int8 = bench.options.adapter_quantization == "int8"
+        self._sizes = [self._size(rank, len(group.widths)) for rank in self._ranks]
+        self.places = bench.num_copies(sum(self._sizes) * DTYPE_BYTES, per_step=bench.config.num_layers)
+        self._arena = bench.random(self.places * sum(self._sizes))
+        self._table = _adapter_table(self._ranks, self._sizes, len(group.widths), self.places).to(bench.device)
         self._max_rank = max(self._ranks) * len(group.widths)
-        self._alignment = _largest_power_of_two_in(self._numbers_per_rank * gcd(*self._ranks))
+        self._alignment = _largest_power_of_two_in(gcd(*self._sizes))
 
     def steps(self, rows: int) -> list[StepInputs]:
         """Each with as many adapters as rows, or all."""
@@ -185,6 +193,7 @@ class SidePaths:
                     _share_out(rows, range(first, first + used)),
                     self._max_rank,
                     self._alignment,
+                    self._is_int8,
                 ),
             )
             for first in self._firsts(used)
@@ -195,7 +204,17 @@ class SidePaths:
         used = min(rows, len(self._ranks))
         covered = used * len(self._firsts(used))
         numbers = sum(self._ranks[:covered]) / covered * self._numbers_per_rank
-        return Work(bytes=round(used * numbers * DTYPE_BYTES), flops=round(2 * rows * numbers))
+        read = sum(self._sizes[:covered]) / covered * used
+        return Work(bytes=round(read * DTYPE_BYTES), flops=round(2 * rows * numbers))
+
+    def _size(self, rank: int, slices: int) -> int:
+        """How many numbers of the arena an adapter takes: in 8 bits with its scales, and filled up to whole lines."""
+        numbers = rank * self._numbers_per_rank
+        if not self._is_int8:
+            return numbers
+        line = int8_matrices.LINE_BYTES // DTYPE_BYTES
+        lines = -(-numbers // DTYPE_BYTES // line)
+        return int8_matrices.scales_size(slices * rank, DTYPE) + lines * line
 
     def _firsts(self, used: int) -> range:
         return range(0, len(self._ranks) - used + 1, used)
@@ -268,14 +287,12 @@ def _pack_copies(weights: Sequence[BlockwiseWeight], count: int, backend: Backen
     ]
 
 
-def _adapter_table(ranks: Sequence[int], slices: int, numbers_per_rank: int, places: int) -> Tensor:
+def _adapter_table(ranks: Sequence[int], sizes: Sequence[int], slices: int, places: int) -> Tensor:
     """int64 [places, adapters, 5]: all of a place's adapters one after another, every slice with the adapter's rank."""
-    rank = torch.tensor(ranks).expand(places, -1)
-    sizes = rank.flatten() * numbers_per_rank
-    offsets = (sizes.cumsum(0) - sizes).view(places, -1)
+    numbers = torch.tensor(sizes).repeat(places)
     table = torch.zeros(places, len(ranks), kernels.TABLE_COLUMNS, dtype=torch.int64)
-    table[..., 0] = offsets
-    table[..., 1 : 1 + slices] = rank.unsqueeze(-1)
+    table[..., 0] = (numbers.cumsum(0) - numbers).view(places, -1)
+    table[..., 1 : 1 + slices] = torch.tensor(ranks).unsqueeze(-1)
     return table
 
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator,
 from onebase_server.bench.load import Integers
 from onebase_server.model.config import ModelConfig
 from onebase_server.model.config_reader import HfConfig
-from onebase_server.settings import KernelsName
+from onebase_server.settings import AdapterQuantizationName, KernelsName
 
 PresetName = Literal["8b", "70b"]
 
@@ -52,6 +52,7 @@ class KernelOptions(BaseModel):
     rows: Integers = Field((1, 2, 4, 8, 16, 32, 64, 128, 256), description="Tokens of the step.")
     adapters: int = Field(16, ge=1, description="Adapters among the rows of the side path.")
     ranks: Integers = Field((8, 16, 32, 64), description="Their ranks, in turn.")
+    adapter_quantization: AdapterQuantizationName = Field("none", description="How their A and B are kept.")
     context: PositiveInt = Field(512, description="Tokens in the KV cache of each request.")
 
     # by whom
