@@ -49,26 +49,36 @@ void copy(const Matrix& matrix, const From* from, To* to) {
     else copy(from, matrix.rows * matrix.columns, matrix.scale, to);
 }
 
-// A row in 8 bits, as int8_matrices.py has it; returns its scale.
-float encode(const float* row, int64_t count, uint8_t* bytes) {
+// A row, times `factor`, in 8 bits, as int8_matrices.py has it; returns its scale.
+template <class From>
+float encode(const From* row, int64_t count, float factor, uint8_t* bytes) {
+    const int64_t whole = count / LANES * LANES;
     F32x16 most{};
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) most = max(most, max(load(row + i), -load(row + i)));
+    for (int64_t i = 0; i < whole; i += LANES) most = max(most, max(load(row + i), -load(row + i)));
     float largest = 0;
     for (int lane = 0; lane < LANES; lane++) largest = std::max(largest, most[lane]);
-    for (; i < count; i++) largest = std::max(largest, std::fabs(row[i]));
-    const float scale = largest / 127, divisor = scale > 0 ? scale : 1;
-    for (i = 0; i < count; i++) bytes[i] = uint8_t(128 + int32_t(__builtin_rintf(row[i] / divisor)));
-    return scale;
+    for (int64_t i = whole; i < count; i++) largest = std::max(largest, std::fabs(load_one(row + i)));
+    const float steps = largest > 0 ? 127 / largest * std::copysign(1.0f, factor) : 0;
+    constexpr float TO_BYTE = (3 << 22) + 128;  // added to a small number, it leaves the nearest integer plus 128 at the end
+    for (int64_t i = 0; i < whole; i += LANES) {
+        const U8x16 rounded = lowest_bytes((U32x16)(load(row + i) * steps + TO_BYTE));
+        std::memcpy(bytes + i, &rounded, sizeof rounded);
+    }
+    for (int64_t i = whole; i < count; i++) bytes[i] = uint8_t(128 + int32_t(std::nearbyint(load_one(row + i) * steps)));
+    return largest * std::fabs(factor) / 127;
 }
 
 template <class From>
 void encode(const Matrix& matrix, const From* from, float* scales, uint8_t* bytes) {
-    std::vector<float> numbers(matrix.rows * matrix.columns);
-    copy(matrix, from, numbers.data());
-    const int64_t rows = matrix.is_transposed ? matrix.columns : matrix.rows, columns = numbers.size() / std::max(rows, int64_t(1));
-    for (int64_t row = 0; row < rows; row++)
-        scales[row] = encode(numbers.data() + row * columns, columns, bytes + row * columns);
+    if (!matrix.is_transposed) {
+        for (int64_t row = 0; row < matrix.rows; row++)
+            scales[row] = encode(from + row * matrix.columns, matrix.columns, matrix.scale, bytes + row * matrix.columns);
+        return;
+    }
+    std::vector<float> turned(matrix.rows * matrix.columns);
+    copy_transposed(from, matrix.rows, matrix.columns, 1.0f, turned.data());
+    for (int64_t row = 0; row < matrix.columns; row++)
+        scales[row] = encode(turned.data() + row * matrix.rows, matrix.rows, matrix.scale, bytes + row * matrix.rows);
 }
 
 template <class From, class To>

@@ -48,9 +48,14 @@ struct SplitNumbers {
         high.assign((count + QUAD - 1) / QUAD * QUAD, 0);
         low.assign(high.size(), 0);
         float largest = 0;
-        for (int64_t i = 0; i < count; i++) largest = std::fabs(numbers[i]) <= largest ? largest : std::fabs(numbers[i]);
-        const float factor = set_unit(largest);
+        bool are_finite = true;
+        for (int64_t i = 0; i < count; i++) {
+            are_finite &= std::isfinite(numbers[i]);
+            largest = std::max(largest, std::fabs(numbers[i]));
+        }
+        const float factor = set_unit(are_finite ? largest : __builtin_nanf(""));
         sum = 0;
+        if (!are_finite) return;
         for (int64_t i = 0; i < count; i++) {
             const int32_t integer = _mm_cvtss_si32(_mm_set_ss(numbers[i] * factor));
             high[i] = int8_t((integer + 64) >> 7);

@@ -61,6 +61,15 @@ inline U32x16 widen_integers(U8x16 v) {
 #endif
 }
 
+// The lowest byte of each; also this GCC does piece by piece.
+inline U8x16 lowest_bytes(U32x16 v) {
+#if defined(__AVX512F__)
+    return (U8x16)_mm512_cvtepi32_epi8((__m512i)v);
+#else
+    return __builtin_convertvector(v, U8x16);
+#endif
+}
+
 inline F32x16 widen(U16x16 bits) { return (F32x16)(widen_integers(bits) << 16); }
 
 // Rounds to nearest, ties to even, as torch does.
