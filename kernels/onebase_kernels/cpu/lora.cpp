@@ -67,25 +67,13 @@ inline void dot_rows(const T* x, int64_t x_stride, const M* a, int64_t k, float*
 
 // Single rows in bfloat16.
 #if defined(__AVX512BF16__)
-template <bool IS_FETCHED>
-void shrink_rows(const LoraGroup<BFloat16, BFloat16>& group, const ShrinkPiece& piece) {
+template <bool IS_FETCHED, class M>
+void shrink_rows(const LoraGroup<BFloat16, M>& group, const ShrinkPiece& piece) {
     const int64_t k = group.num_inputs;
-    const BFloat16* a = group.a(*piece.segment) + piece.first_rank * k;
+    const M* a = group.a(*piece.segment) + piece.first_rank * k;
     float* shrunk = piece.shrunk + piece.first_rank;
     for (int64_t row = piece.segment->start; row < piece.segment->stop; row++, shrunk += piece.total_rank)
         shrink_row<IS_FETCHED>(group.x + row * k, a, k, piece.last_rank - piece.first_rank, shrunk);
-}
-
-template <bool IS_FETCHED>
-void shrink_rows(const LoraGroup<BFloat16, Int8Code>& group, const ShrinkPiece& piece) {
-    const int64_t k = group.num_inputs;
-    const Int8Code* a = group.a(*piece.segment) + piece.first_rank * k;
-    float* shrunk = piece.shrunk + piece.first_rank;
-    thread_local SplitNumbers x;
-    for (int64_t row = piece.segment->start; row < piece.segment->stop; row++, shrunk += piece.total_rank) {
-        x.set(group.x + row * k, k);
-        shrink_row<IS_FETCHED>(x, a, k, piece.last_rank - piece.first_rank, shrunk);
-    }
 }
 
 template <bool IS_FETCHED, class M>

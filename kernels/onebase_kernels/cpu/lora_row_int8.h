@@ -113,7 +113,9 @@ inline __m128i sum_each(const __m512i (&v)[4]) {
 
 // out[rank] = x · a[rank], without a's scales, of whole registers.
 template <bool IS_FETCHED>
-inline void shrink_row(const SplitNumbers& x, const Int8Code* a, int64_t k, int64_t ranks, float* out) {
+inline void shrink_row(const BFloat16* inputs, const Int8Code* a, int64_t k, int64_t ranks, float* out) {
+    thread_local SplitNumbers x;
+    x.set(inputs, k);
     for (int64_t rank = 0; rank < ranks; rank += BYTE_RANKS_OF_A) {
         const int64_t last = ranks - 1 - rank;  // where fewer are left, the last is computed several times
         __m512i high[BYTE_RANKS_OF_A] = {}, low[BYTE_RANKS_OF_A] = {};
