@@ -67,10 +67,16 @@ class EventStream(StreamingResponse):
 
 
 async def _encode_events(chunks: AsyncGenerator[object, None]) -> AsyncGenerator[bytes, None]:
+    """The chunks as events, each once all streams have made theirs of the same step.
+
+    So they are sent one right after another: a client on these cores then wakes up for a step, not for a token.
+    """
     try:
         async with aclosing(chunks):
             async for chunk in chunks:
-                yield b"data: " + _encoder.encode(chunk) + b"\n\n"
+                event = b"data: " + _encoder.encode(chunk) + b"\n\n"
+                await asyncio.sleep(0)
+                yield event
     except Exception as error:  # the status is sent already, so that whatever went wrong has to be an event
         _log_unexpected(error)
         yield b"data: " + _encoder.encode(envelope_of(error)) + b"\n\n"

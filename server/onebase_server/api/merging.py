@@ -8,13 +8,12 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
-    """Yield the items of all streams; the first exception of any ends them all. Closing it closes them."""
-    if len(streams) == 1:  # by far the most common case needs no task and no queue
-        async with aclosing(streams[0]) as stream:
-            async for item in stream:
-                yield item
-        return
+def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """The items of all streams; the first exception of any ends them all. Closing it closes them."""
+    return streams[0] if len(streams) == 1 else _merge(streams)  # a single one needs no task and no queue
+
+
+async def _merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
     queue: asyncio.Queue[T | _Ended] = asyncio.Queue()
     tasks = [asyncio.create_task(_pump(stream, queue)) for stream in streams]
     running = len(tasks)

@@ -21,6 +21,8 @@ class StopStringFilter:
 
     def push(self, piece: str) -> str:
         """Take the next piece; returns what is now certain to be part of the text. After a stop that is nothing."""
+        if not self._stop:
+            return piece
         if self.stopped:
             return ""
         text = self._held + piece

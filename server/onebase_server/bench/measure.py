@@ -1,10 +1,10 @@
 """One measurement: warm-up, runs, memory and what has to be said about them."""
 
-import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
+import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -50,11 +50,11 @@ class LoadRunner:
     def warm_up(self) -> None:
         """Send the warm-up's requests; raises ConfigurationError if there are some and not one was answered."""
         if self._load.warm_up:
-            summarise(asyncio.run(self._drive(plan_warm_up(self._load, self._target.prompts))))
+            summarise(uvloop.run(self._drive(plan_warm_up(self._load, self._target.prompts))))
 
     def run(self, number: int) -> None:
         """Send the requests of the run of this number, counted from 1; no two runs share a prompt."""
-        self._records.append(asyncio.run(self._drive_watched(plan_run(self._load, self._target.prompts, number))))
+        self._records.append(uvloop.run(self._drive_watched(plan_run(self._load, self._target.prompts, number))))
 
     def measurement(self) -> Measurement:
         """What the runs so far measured; raises ConfigurationError if in one of them not one request was answered."""

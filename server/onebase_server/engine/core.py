@@ -179,5 +179,5 @@ class Engine:
 
 def _labels(sequences: Iterable[Sequence]) -> tuple[str, ...]:
     """The adapters of these sequences, each once, sorted."""
-    refs = {sequence.adapter for sequence in sequences if sequence.adapter}
-    return tuple(sorted({part.label for ref in refs for part in ref.parts}))
+    refs = {sequence.adapter.digest: sequence.adapter for sequence in sequences if sequence.adapter}
+    return tuple(sorted({part.label for ref in refs.values() for part in ref.parts}))

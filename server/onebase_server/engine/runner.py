@@ -3,10 +3,11 @@
 The one place where sequences (Python) meet tensors. It decides nothing: what to compute is the scheduler's choice.
 """
 
+from array import array
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, repeat
 
 import torch
 from torch import Tensor
@@ -56,11 +57,11 @@ class Runner:
         """Compute the batch's tokens and choose the next one of each sequence whose known tokens are through."""
         if not batch:
             return []
-        token_ids = torch.tensor([t for e in batch.scheduled for t in e.sequence.tokens_at(e.start, e.stop)])
+        token_ids = _int64s([t for e in batch.scheduled for t in e.sequence.tokens_at(e.start, e.stop)])
         lora = self._lora(batch)
         inputs = StepInputs(
             token_ids=token_ids,
-            positions=torch.tensor([position for e in batch.scheduled for position in range(e.start, e.stop)]),
+            positions=_int64s([position for e in batch.scheduled for position in range(e.start, e.stop)]),
             attention=self._attention(batch),
             lora=lora,
             replaced=self._replace_embeddings(token_ids, lora.segments),
@@ -90,11 +91,12 @@ class Runner:
             for entry in batch.scheduled
             for position in range(entry.start, entry.stop)
         ]
+        padded = [block for table in tables for block in (*table, *repeat(0, widest - len(table)))]
         return AttentionBatch(
             query_starts=tuple(accumulate((entry.num_tokens for entry in batch.scheduled), initial=0)),
             context_lens=tuple(entry.stop for entry in batch.scheduled),
-            block_tables=torch.tensor([table + [0] * (widest - len(table)) for table in tables], dtype=torch.int32),
-            slot_mapping=torch.tensor(slot_mapping),
+            block_tables=torch.frombuffer(array("i", padded), dtype=torch.int32).view(len(tables), widest),
+            slot_mapping=_int64s(slot_mapping),
         )
 
     def _lora(self, batch: Batch) -> LoraBatch:
@@ -155,7 +157,7 @@ class Runner:
         stops = list(accumulate(entry.num_tokens for entry in batch.scheduled))
         sampling = [i for i, e in enumerate(batch.scheduled) if e.samples and e.sequence.sampling.max_tokens > 0]
         prompt_logprobs = [
-            self._prompt_logprobs(entry, hidden[stop - entry.num_tokens : stop])
+            self._prompt_logprobs(entry, hidden, stop) if entry.sequence.wants_prompt_logprobs else ()
             for entry, stop in zip(batch.scheduled, stops, strict=True)
         ]
         tokens: dict[int, int] = {}
@@ -188,21 +190,24 @@ class Runner:
             logprobs[rows[r]] = chosen_logprobs(row_logits.unsqueeze(0), [chosen[r]], num_top)[0]
         return dict(zip(rows, chosen, strict=True)), logprobs
 
-    def _prompt_logprobs(self, entry: ScheduledSequence, hidden: Tensor) -> tuple[Logprob, ...]:
-        """Log-probabilities of the prompt tokens that follow this chunk's positions."""
-        sequence = entry.sequence
-        if not sequence.wants_prompt_logprobs:
-            return ()
+    def _prompt_logprobs(self, entry: ScheduledSequence, hidden: Tensor, stop: int) -> tuple[Logprob, ...]:
+        """Log-probabilities of the prompt tokens that follow this chunk's positions, whose rows end at `stop`."""
+        sequence, start = entry.sequence, stop - entry.num_tokens
         prompt_end = sequence.num_virtual_tokens + sequence.num_prompt_tokens
         targets = sequence.tokens_at(entry.start + 1, min(entry.stop + 1, prompt_end))
         if not targets:
             return ()
-        logits = self._logits(hidden[: len(targets)], [sequence] * len(targets))
+        logits = self._logits(hidden[start : start + len(targets)], [sequence] * len(targets))
         return tuple(chosen_logprobs(logits, targets, sequence.sampling.prompt_logprobs or 0))
+
+
+def _int64s(numbers: list[int]) -> Tensor:
+    """At least one number as a tensor, by way of an array: `torch.tensor` takes twice as long for a list."""
+    return torch.frombuffer(array("q", numbers), dtype=torch.int64)
 
 
 def _take(hidden: Tensor, rows: list[int]) -> Tensor:
     """These rows; where they are all of them in order, as in a step of decoding, `hidden` itself."""
-    if rows == [*range(len(hidden))]:
+    if rows == [*range(hidden.shape[0])]:
         return hidden
     return hidden.index_select(0, torch.tensor(rows).to(hidden.device, non_blocking=True))

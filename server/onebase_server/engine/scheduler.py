@@ -313,7 +313,9 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, num_tokens: int, scheduled: dict[Sequence, ScheduledSequence]) -> bool:
         """Give a running sequence blocks for `num_tokens`, preempting the latest ones; False if it had to go itself."""
         missing = self.block_pool.blocks_for(num_tokens) - len(sequence.block_table)
-        while (blocks := self.block_pool.allocate(max(missing, 0))) is None:
+        if missing <= 0:
+            return True
+        while (blocks := self.block_pool.allocate(missing)) is None:
             victim = self.running[-1]
             self._preempt(victim)
             scheduled.pop(victim, None)

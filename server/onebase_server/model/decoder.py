@@ -119,7 +119,6 @@ class Decoder:
         """Whether `best_tokens` may be asked, and so costs less than the logits."""
         return self.weights.screen is not None
 
-    @torch.inference_mode()
     def best_tokens(self, hidden: Tensor) -> Tensor:
         """The token of the largest logit, int64 [R], of hidden states [R, hidden] with the base's own vocabulary."""
         head = self.weights.head

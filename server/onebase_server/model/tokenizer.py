@@ -180,7 +180,7 @@ class TokenStream:
 
     def push(self, token_ids: Iterable[int]) -> str:
         """The text that these tokens complete; empty while a character is unfinished."""
-        return "".join(self._push_one(token_id) for token_id in token_ids)
+        return "".join(map(self._push_one, token_ids))
 
     def flush(self) -> str:
         """The text held back, an unfinished character as U+FFFD; for after the last token."""
