@@ -299,8 +299,7 @@ def test_side_path_of_long_segments_in_bfloat16_is_near_float32(backend: str, is
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("product", ["nf4", "int8", "dense"])
-@IN_8_BITS
+@pytest.mark.parametrize(("product", "is_int8"), [("nf4", False), ("int8", False), ("dense", False), ("nf4", True)])
 def test_a_side_path_started_before_the_product_gives_what_it_gives_afterwards(
     backend: str, product: str, dtype: torch.dtype, is_int8: bool
 ) -> None:
