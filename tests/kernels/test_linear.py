@@ -344,3 +344,13 @@ def test_what_is_no_number_spoils_its_own_row_alone(backend: str, spoiled: float
     arena.add_to(y, x, [Segment(0, row, row + 1) for row in range(3)])
     assert not y[1].isfinite().any()
     assert y[[0, 2]].isfinite().all()
+
+
+def test_sums_of_many_inputs_that_all_point_one_way_do_not_overflow_in_8_bits(backend: str) -> None:
+    arena = Arena(16384, (64,), [[2]], is_int8=True)
+    pair = arena.pairs[0][0]
+    assert pair is not None
+    x, segments = pair[0].sign(), [Segment(0, 0, 1), Segment(0, 1, 2)]
+    y = torch.zeros(2, 64, dtype=torch.bfloat16)
+    arena.add_to(y, x.bfloat16(), segments)
+    assert relative_error(y, arena.expected(torch.zeros(2, 64), x, segments)) < 1e-2

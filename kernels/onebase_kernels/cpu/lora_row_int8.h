@@ -15,32 +15,38 @@ constexpr int64_t BYTE_STEP = 64;         // bytes of a register
 constexpr int64_t BYTE_RANKS_OF_A = 4;    // that share one reading of x
 constexpr int64_t BYTE_RANKS_OF_B = 16;   // that are summed up as integers
 constexpr int64_t QUAD = 4;               // bytes that a dot product adds up
+constexpr int64_t MOST_INPUTS = (int64_t(1) << 31) / (255 * 128);
 constexpr float SPLIT_MAX = 127 * 128.0f;  // the largest integer whose halves are signed bytes
 
 // Numbers as integers: `unit · (128 · high + low)`.
 struct SplitNumbers {
     AlignedVector<int8_t> high, low;
     float unit;    // not a number where one of them is none, or is infinite
-    int32_t sum;   // of all integers: 128 times it is what bytes, which stand for themselves less 128, give too much
+    int32_t high_sum, low_sum;  // 128 times them is what bytes, which stand for themselves less 128, give too much
 
     // As many as fill whole registers of bytes.
     void set(const BFloat16* numbers, int64_t count) {
         high.resize(count);
         low.resize(count);
         const float factor = set_unit(largest_magnitude(numbers, count));
-        __m512i total = _mm512_setzero_si512();
+        __m512i high_total = _mm512_setzero_si512(), low_total = high_total;
+        const auto add = [](__m512i total, __m512i integers) {
+            return _mm512_dpwssd_epi32(total, integers, _mm512_set1_epi16(1));
+        };
         for (int64_t i = 0; i < count; i += BYTE_STEP) {
             const auto integers = [&](int64_t at) { return _mm512_cvtps_epi32((__m512)(load(numbers + i + at) * factor)); };
             const __m512i first = _mm512_packs_epi32(integers(0), integers(16));
             const __m512i second = _mm512_packs_epi32(integers(32), integers(48));
-            const __m512i ones = _mm512_set1_epi16(1);
-            total = _mm512_dpwssd_epi32(_mm512_dpwssd_epi32(total, first, ones), second, ones);
             const __m512i first_high = high_halves(first), second_high = high_halves(second);
+            const __m512i first_low = _mm512_sub_epi16(first, _mm512_slli_epi16(first_high, 7));
+            const __m512i second_low = _mm512_sub_epi16(second, _mm512_slli_epi16(second_high, 7));
+            high_total = add(add(high_total, first_high), second_high);
+            low_total = add(add(low_total, first_low), second_low);
             store_bytes(high.data() + i, first_high, second_high);
-            store_bytes(low.data() + i, _mm512_sub_epi16(first, _mm512_slli_epi16(first_high, 7)),
-                        _mm512_sub_epi16(second, _mm512_slli_epi16(second_high, 7)));
+            store_bytes(low.data() + i, first_low, second_low);
         }
-        sum = _mm512_reduce_add_epi32(total);
+        high_sum = _mm512_reduce_add_epi32(high_total);
+        low_sum = _mm512_reduce_add_epi32(low_total);
     }
 
     // A few, filled up with zeros to whole quads.
@@ -54,13 +60,14 @@ struct SplitNumbers {
             largest = std::max(largest, std::fabs(numbers[i]));
         }
         const float factor = set_unit(are_finite ? largest : __builtin_nanf(""));
-        sum = 0;
+        high_sum = low_sum = 0;
         if (!are_finite) return;
         for (int64_t i = 0; i < count; i++) {
             const int32_t integer = _mm_cvtss_si32(_mm_set_ss(numbers[i] * factor));
             high[i] = int8_t((integer + 64) >> 7);
             low[i] = int8_t(integer - high[i] * 128);
-            sum += integer;
+            high_sum += high[i];
+            low_sum += low[i];
         }
     }
 
@@ -90,14 +97,15 @@ private:
     }
 };
 
-inline bool is_whole(const Int8Code*, int64_t width) { return width % BYTE_STEP == 0; }
+// As of bfloat16; a sum of more products of bytes may not fit 32 bits.
+inline bool is_whole(const Int8Code*, int64_t width) { return width % BYTE_STEP == 0 && width <= MOST_INPUTS; }
 
 template <bool IS_FETCHED>
 inline void fetch_ahead(const Int8Code* bytes) {
     if constexpr (!IS_FETCHED) __builtin_prefetch(reinterpret_cast<const char*>(bytes) + FETCH_AHEAD);
 }
 
-// 128 · high + low.
+// 128 · high + low, of a few ranks: for sums of many inputs 32 bits are too few.
 inline __m512i joined(__m512i high, __m512i low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 7), low); }
 
 // The sum of each of four vectors.
@@ -129,11 +137,12 @@ inline void shrink_row(const BFloat16* inputs, const Int8Code* a, int64_t k, int
                 low[j] = _mm512_dpbusd_epi32(low[j], bytes, x_low);
             }
         }
-        __m512i sums[BYTE_RANKS_OF_A];
-        for (int64_t j = 0; j < BYTE_RANKS_OF_A; j++) sums[j] = joined(high[j], low[j]);
-        const __m128i products = _mm_sub_epi32(sum_each(sums), _mm_set1_epi32(128 * x.sum));
+        const auto products = [](const __m512i (&sums)[BYTE_RANKS_OF_A], int32_t sum) {
+            return _mm_cvtepi32_ps(_mm_sub_epi32(sum_each(sums), _mm_set1_epi32(128 * sum)));
+        };
+        const __m128 highs = _mm_mul_ps(products(high, x.high_sum), _mm_set1_ps(128));
         float four[BYTE_RANKS_OF_A];
-        _mm_storeu_ps(four, _mm_mul_ps(_mm_cvtepi32_ps(products), _mm_set1_ps(x.unit)));
+        _mm_storeu_ps(four, _mm_mul_ps(_mm_add_ps(highs, products(low, x.low_sum)), _mm_set1_ps(x.unit)));
         std::copy_n(four, std::min(BYTE_RANKS_OF_A, last + 1), out + rank);
     }
 }
@@ -201,7 +210,7 @@ inline void expand_row(const Int8Code* b, int64_t ranks, int64_t width, int64_t 
                        const BFloat16* gain, float* sums, BFloat16* y) {
     thread_local SplitNumbers split;
     split.set(shrunk, ranks);
-    const float zero = -128.0f * float(split.sum) * split.unit;
+    const float zero = -128.0f * (128.0f * float(split.high_sum) + float(split.low_sum)) * split.unit;
     const auto add_ranks = [&]<int QUADS>(int64_t rank) {
         const ByteRanks<QUADS, IS_FETCHED> of(b, rank, ranks, width, split);
         const bool is_last = rank + QUADS * QUAD >= ranks;
